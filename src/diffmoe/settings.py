@@ -1,0 +1,134 @@
+"""From a command line to checked settings: defaults < preset < recipe < the user's YAML < flags.
+
+Imports nothing heavy. Whatever is wrong comes out as one `UserError` line that names the key, before any data is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from argparse import ArgumentError
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+from diffmoe.config import (
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    TrainingConfig,
+    UserError,
+    VisualizationConfig,
+    nearest,
+    read_yaml,
+    recipe,
+)
+
+GROUPS = {
+    "data": DataConfig,
+    "model": ModelConfig,
+    "training": TrainingConfig,
+    "run": RunConfig,
+    "visualization": VisualizationConfig,
+}
+FIELDS = {field.name: field for group in GROUPS.values() for field in dataclasses.fields(group)}
+MODES = ("train", "test", "train_test")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything one run is told."""
+
+    mode: str
+    data: DataConfig
+    model: ModelConfig
+    training: TrainingConfig
+    run: RunConfig
+    visualization: VisualizationConfig
+    given: frozenset[str] = frozenset()
+    """The fields that the user set, by flag or YAML."""
+
+
+def build_parser(prog: str, mode: str | None) -> ArgumentParser:
+    """The parser of train, test and train_test; `mode` None adds the flag --mode (the flat form)."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    description = "Every field of every config is a flag here and a key of the YAML given with --config."
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
+    if mode is None:
+        parser.add_argument("--mode", choices=MODES, default="train_test", help="What to do (default: train_test).")
+    parser.add_argument("--config", action="config", help="YAML file of fields; flags win over it.")
+    for group in ("data", "run", "training", "model", "visualization"):
+        parser.add_class_arguments(GROUPS[group], nested_key=None)
+    return parser
+
+
+def parse_settings(argv: Sequence[str], prog: str = "diffmoe", mode: str | None = None) -> Settings:
+    """Parse and check. Raises `UserError`; prints the help and raises SystemExit(0) for --help."""
+    argv = _bare_flags_are_true(argv)
+    given = _given(argv, with_mode=mode is None)
+    parser = build_parser(prog, mode)
+    first = _parse(parser, argv)  # tells the dataset and the preset, which bring defaults of their own
+    parser.set_defaults(recipe(first.dataset, first.preset))
+    parsed = _parse(parser, argv)
+    groups: dict[str, Any] = {
+        name: group(**{field.name: parsed[field.name] for field in dataclasses.fields(group)})
+        for name, group in GROUPS.items()
+    }
+    return Settings(mode=mode or parsed.mode, given=given, **groups)
+
+
+def _parse(parser: ArgumentParser, argv: list[str]) -> Namespace:
+    try:
+        return parser.parse_args(argv)
+    except ArgumentError as error:
+        raise UserError(readable(str(error))) from error
+
+
+def readable(message: str) -> str:
+    """The parser's message for a wrong value as one plain line: 'lr is 'abc': it must be a float'."""
+    message = " ".join(message.split())
+    match = re.match(r"Parser key \"(?P<key>[^\"]+)\": Expected an? (?P<kind>.+?)\. Got value: (?P<value>.*)", message)
+    if match is None:
+        return message.removeprefix("argument ")
+    kind = re.sub(r"<class '(\w+)'>|typing\.", r"\1", match["kind"])
+    kind = re.sub(r"Literal\[(.+?)\]", r"one of \1", kind)
+    kind = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}.get(kind, kind)
+    return f"{match['key']} is {match['value']!r}: it must be {kind}"
+
+
+def _bare_flags_are_true(argv: Sequence[str]) -> list[str]:
+    """`--resume` alone means `--resume true`."""
+    out: list[str] = []
+    for position, word in enumerate(argv):
+        out.append(word)
+        field = FIELDS.get(word.removeprefix("--")) if word.startswith("--") else None
+        is_last = position + 1 == len(argv) or argv[position + 1].startswith("--")
+        if field is not None and field.type == "bool" and is_last:
+            out.append("true")
+    return out
+
+
+def _given(argv: Sequence[str], with_mode: bool) -> frozenset[str]:
+    """The fields named by flags and YAML files, after checking that each exists."""
+    extra = ("config", "help", "print_config", *(("mode",) if with_mode else ()))
+    flags = {word[2:].split("=")[0]: word for word in argv if word.startswith("--") and len(word) > 2}
+    for name in flags:
+        if name not in FIELDS and name not in extra:
+            raise UserError(f"unknown flag --{name}{nearest(name, [*FIELDS, *extra])}; --help lists all")
+    keys: set[str] = set()
+    for path in _config_paths(argv):
+        for key in read_yaml(path):
+            if key not in FIELDS and not (key == "mode" and with_mode):
+                raise UserError(f"{path}: unknown key {key!r}{nearest(str(key), FIELDS)}")
+            keys.add(key)
+    return frozenset(keys | (set(flags) & set(FIELDS)))
+
+
+def _config_paths(argv: Sequence[str]) -> list[Path]:
+    paths = [word.split("=", 1)[1] for word in argv if word.startswith("--config=")]
+    paths += [value for flag, value in pairwise(argv) if flag == "--config"]
+    return [Path(path) for path in paths]

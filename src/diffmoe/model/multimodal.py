@@ -1,0 +1,259 @@
+"""The whole model: embeddings, two towers, the fusion, the auxiliary losses.
+
+Shapes: B pictures, U texts, N image tokens, T text tokens, D width, V vocabulary, C channels.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffmoe import losses
+from diffmoe.config import ModelConfig
+from diffmoe.model.encoders import AttentionMap, CrossModalFusion, Encoded, ImageEncoder, TextEncoder
+from diffmoe.model.layers import PatchEmbed
+from diffmoe.model.moe import AttentiveRouter, GeneralExperts, Routing
+
+IMAGE, TEXT = 0, 1
+MAX_SCALE = math.log(100)
+"""Ceiling of the contrastive temperature's logarithm (CLIP, Radford et al. 2021, section 2.5)."""
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """Pictures after the image tower."""
+
+    features: Tensor
+    """(B, N, D) tokens."""
+    pooled: Tensor
+    """(B, D) their mean."""
+    embedding: Tensor
+    """(B, D) unit norm, in the space shared with text."""
+    routing: tuple[Routing, ...] = ()
+    attention: tuple[AttentionMap, ...] = ()
+
+
+@dataclass(frozen=True)
+class TextFeatures:
+    """Texts after the text tower."""
+
+    features: Tensor
+    """(U, T, D) tokens."""
+    mask: Tensor
+    """(U, T) bool, True at real tokens."""
+    mean: Tensor
+    """(U, D) mean over real tokens."""
+    pooled: Tensor
+    """(U, D) the token at the end of the text, the only one that has read all of it."""
+    embedding: Tensor
+    """(U, D) unit norm, in the space shared with pictures."""
+    first: Tensor
+    """(U,) int64, the first text that is equal to each."""
+    routing: tuple[Routing, ...] = ()
+    attention: tuple[AttentionMap, ...] = ()
+
+
+class MultiModalMoE(nn.Module):
+    """Dual encoder + fusion encoder, every block a Mixture of Experts.
+
+        model = MultiModalMoE(ModelConfig(img_size=32, in_channels=3))
+        out = model(images)                              # (B, C, H, W) float, normalised
+        out = model(images, text_tokens, attention_mask) # one text a picture: (B, T) int64; mask 1 = real token
+        out["embedding"]                                 # (B, D)
+
+    Args:
+        config: the architecture and the weights of the losses.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, eps = config.embed_dim, config.layer_norm_eps
+        self.patch_embed = PatchEmbed(config.img_size, config.patch_size, config.in_channels, width, config.patch_embed)
+        self.image_position = nn.Parameter(torch.zeros(1, config.num_patches, width))
+        self.token_embedding = nn.Embedding(config.vocab_size, config.text_embed_dim)
+        self.token_projection = nn.Linear(config.text_embed_dim, width)
+        self.text_position = nn.Parameter(torch.zeros(config.max_text_len, width))
+        self.modality_embedding = nn.Parameter(torch.zeros(2, width))
+        self.image_encoder = ImageEncoder(config)
+        self.text_encoder = TextEncoder(config)
+        self.image_norm = nn.LayerNorm(width, eps=eps)
+        self.text_norm = nn.LayerNorm(width, eps=eps)
+        self.image_projection = nn.Linear(width, width, bias=False)
+        self.text_projection = nn.Linear(width, width, bias=False)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.fusion = CrossModalFusion(config) if config.fusion_layers else None
+        self.fusion_norm = nn.LayerNorm(width, eps=eps) if config.fusion_layers else None
+        init_weights(self, config.initializer_range)
+
+    @property
+    def scale(self) -> Tensor:
+        """Inverse temperature of the contrastive loss, at most 100."""
+        return self.log_scale.clamp(max=MAX_SCALE).exp()
+
+    def image_features(self, images: Tensor, need_weights: bool = False) -> ImageFeatures:
+        """(B, C, H, W) normalised pictures, of any size that the patch divides, through the image tower."""
+        x = self.patch_embed(images) + self._image_position(images) + self.modality_embedding[IMAGE]
+        encoded: Encoded = self.image_encoder(x, need_weights=need_weights)
+        features = self.image_norm(encoded.features)
+        pooled = features.mean(1)
+        embedding = F.normalize(self.image_projection(pooled), dim=-1)
+        return ImageFeatures(features, pooled, embedding, encoded.routing, encoded.attention)
+
+    def text_features(
+        self, text_tokens: Tensor, attention_mask: Tensor | None = None, need_weights: bool = False
+    ) -> TextFeatures:
+        """(U, T) int64 tokens and their mask (1 = real, on the left) through the text tower."""
+        num_tokens = text_tokens.shape[1]
+        if num_tokens > self.config.max_text_len:
+            raise ValueError(f"a text of {num_tokens} tokens is over max_text_len ({self.config.max_text_len})")
+        mask = torch.ones_like(text_tokens) if attention_mask is None else attention_mask
+        x = self.token_projection(self.token_embedding(text_tokens))
+        x = x + self.text_position[:num_tokens] + self.modality_embedding[TEXT]
+        encoded: Encoded = self.text_encoder(x, mask.bool(), need_weights=need_weights)
+        features = self.text_norm(encoded.features)
+        last = mask.long().sum(-1) - 1
+        pooled = features[torch.arange(len(last), device=last.device), last]
+        weight = mask.to(features)[..., None]
+        return TextFeatures(
+            features,
+            mask.bool(),
+            (features * weight).sum(1) / weight.sum(1),
+            pooled,
+            F.normalize(self.text_projection(pooled), dim=-1),
+            losses.first_occurrence(text_tokens * mask.long()),
+            encoded.routing,
+            encoded.attention,
+        )
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) normalised pictures -> (B, D) unit-norm embeddings, comparable with `encode_text`'s."""
+        return self.image_features(images).embedding
+
+    def encode_text(self, text_tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """(U, T) int64 tokens and their mask -> (U, D) unit-norm embeddings, comparable with `encode_image`'s."""
+        return self.text_features(text_tokens, attention_mask).embedding
+
+    def fuse(
+        self, image: ImageFeatures, context: Tensor, context_mask: Tensor | None = None, need_weights: bool = False
+    ) -> Encoded:
+        """Pictures read text: image tokens (B, N, D) attend to `context` (B, S, D). Raises where fusion_layers is 0."""
+        if self.fusion is None or self.fusion_norm is None:
+            raise ValueError("fusion_layers is 0: this model has no fusion")
+        encoded: Encoded = self.fusion(image.features, context, None, context_mask, need_weights=need_weights)
+        return Encoded(self.fusion_norm(encoded.features), encoded.routing, encoded.attention)
+
+    def forward(
+        self,
+        images: Tensor,
+        text_tokens: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        need_weights: bool = False,
+    ) -> dict[str, Any]:
+        """Pictures alone, or each with its own text.
+
+        Args:
+            images: (B, C, H, W) float, normalised.
+            text_tokens: (B, T) int64, row b the text of picture b.
+            attention_mask: (B, T), 1 at real tokens; None when all are.
+            need_weights: also return the attention maps, as `attention`.
+
+        Returns:
+            embedding (B, D), image_features (B, N, D), text_features (B, T, D) and fused_features (B, N, D) (None
+            without text), routing (a tuple, one a block), router_loss (the weighted sum) and its parts.
+        """
+        image = self.image_features(images, need_weights)
+        if text_tokens is None:
+            return self.assemble(image)
+        text = self.text_features(text_tokens, attention_mask, need_weights)
+        fused = self.fuse(image, text.features, text.mask, need_weights) if self.fusion is not None else None
+        return self.assemble(image, text, fused, text_of_image=text.first)
+
+    def assemble(
+        self,
+        image: ImageFeatures,
+        text: TextFeatures | None = None,
+        fused: Encoded | None = None,
+        text_of_image: Tensor | None = None,
+    ) -> dict[str, Any]:
+        """The output of `forward` from its parts, with the losses.
+
+        `text_of_image` (B,) int64, the row of `text` that describes each picture, enters the two cross-modal losses
+        and nothing else; None leaves them at 0.
+        """
+        text_routing, text_attention = (text.routing, text.attention) if text else ((), ())
+        fused_routing, fused_attention = (fused.routing, fused.attention) if fused else ((), ())
+        routing = image.routing + text_routing + fused_routing
+        out = self._routing_losses(routing, image.features)
+        alignment = contrastive = image.features.new_zeros(())
+        if text is not None and text_of_image is not None:
+            alignment = losses.cross_modal_alignment_loss(image.pooled, text.mean[text_of_image])
+            distinct = text.first == torch.arange(len(text.first), device=text.first.device)
+            contrastive = losses.contrastive_loss(
+                image.embedding, text.embedding, text.first[text_of_image], self.scale, distinct
+            )
+        config = self.config
+        out["cross_modal_loss"], out["contrastive_loss"] = alignment, contrastive
+        out["router_loss"] = (
+            out["router_loss"]
+            + config.cross_modal_alignment_weight * alignment
+            + config.contrastive_loss_weight * contrastive
+        )
+        out["embedding"] = fused.features.mean(1) if fused else image.pooled
+        out["image_features"] = image.features
+        out["text_features"] = text.features if text else None
+        out["fused_features"] = fused.features if fused else None
+        out["routing"] = routing
+        out["attention"] = image.attention + text_attention + fused_attention
+        return out
+
+    def _routing_losses(self, routings: tuple[Routing, ...], like: Tensor) -> dict[str, Any]:
+        """The routers' losses, summed over blocks, and `router_loss`, their weighted sum so far."""
+        config = self.config
+        zero = like.new_zeros(())
+        z_loss = sum((losses.router_z_loss(r.probs, r.mask) for r in routings), zero)
+        balance = sum((losses.load_balance_loss(r.probs, r.tokens_per_expert, r.mask) for r in routings), zero)
+        total = config.router_z_loss_weight * z_loss + config.router_balance_loss_weight * balance
+        optional = {
+            "router_logit_z_loss_weight": lambda r: losses.router_logit_z_loss(r.logits, r.mask),
+            "switch_loss_weight": lambda r: losses.switch_loss(r.probs, r.tokens_per_expert, r.mask),
+            "entropy_local_weight": lambda r: losses.local_entropy_loss(r.probs, r.mask),
+            "entropy_global_weight": lambda r: losses.global_entropy_loss(r.probs, r.mask),
+        }
+        for name, loss in optional.items():
+            weight = getattr(config, name)
+            if weight > 0:
+                total = total + weight * sum((loss(r) for r in routings), zero)
+        return {"router_loss": total, "router_z_loss": z_loss, "router_balance_loss": balance}
+
+    def _image_position(self, images: Tensor) -> Tensor:
+        """The position embedding (1, N, D), interpolated where the pictures are not of img_size."""
+        height, width = (side // self.config.patch_size for side in images.shape[-2:])
+        grid = self.patch_embed.grid_size
+        if (height, width) == (grid, grid):
+            return self.image_position
+        position = self.image_position.unflatten(1, (grid, grid)).permute(0, 3, 1, 2)
+        position = F.interpolate(position, size=(height, width), mode="bicubic", antialias=True)
+        return position.flatten(2).transpose(1, 2)
+
+
+def init_weights(model: nn.Module, std: float) -> None:
+    """Normal weights of the given standard deviation, zero biases; routers keep an initialisation of their own."""
+    routers = {id(part) for m in model.modules() if isinstance(m, AttentiveRouter) for part in m.modules()}
+    for module in model.modules():
+        if id(module) in routers:
+            continue
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=std)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, GeneralExperts):
+            module.reset_parameters(std)
+        if isinstance(module, MultiModalMoE):
+            for parameter in (module.image_position, module.text_position, module.modality_embedding):
+                nn.init.normal_(parameter, std=std)

@@ -1,0 +1,95 @@
+"""Saving and loading a model file that stands alone.
+
+A model file is a dict of tensors, numbers and strings that `torch.load(weights_only=True)` opens: a pickle with code
+in it is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffmoe.config import ModelConfig, UserError
+from diffmoe.files import write_atomically
+from diffmoe.model.heads import ImageClassifier
+
+MODEL_FORMAT = "diffmoe-model-1"
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """What a model must know of the data it was trained on to be used without it."""
+
+    dataset: str
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    """Of the training pictures in [0, 1], a channel."""
+    std: tuple[float, ...]
+    val_fraction: float
+    test_fraction: float
+    split_seed: int
+    """How the set was split, so that testing never meets what training saw."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded model file."""
+
+    model: ImageClassifier
+    data: DataInfo
+
+
+def save_model(path: Path, model: ImageClassifier, data: DataInfo) -> None:
+    """Write a model with the config that made it and what it needs to know of its data."""
+    content = {
+        "format": MODEL_FORMAT,
+        "model_config": dataclasses.asdict(model.config),
+        "data": dataclasses.asdict(data),
+        "state_dict": model.state_dict(),
+    }
+    write_atomically(path, lambda temporary: torch.save(content, temporary))
+
+
+def read(path: str | Path, kind: str) -> dict[str, Any]:
+    """The dict in a file that this program wrote. Raises `UserError` naming the path and what is wrong with it.
+
+    `kind` is the format expected: `MODEL_FORMAT` for a model file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} does not exist")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"checkpoint {path} is refused: it holds code, not only tensors") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, ImportError) as error:
+        raise UserError(f"checkpoint {path} is truncated or is not a checkpoint") from error
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != kind:
+        raise UserError(f"checkpoint {path} is not a {kind} file but {found or 'something else'}")
+    return content
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """A model file, on the CPU and in evaluation mode. Raises `UserError` naming the path and what is wrong with it."""
+    content = read(path, MODEL_FORMAT)
+    state: dict[str, torch.Tensor] = content["state_dict"]
+    try:
+        config = ModelConfig(**content["model_config"])
+        data = DataInfo(**content["data"])
+        model = ImageClassifier(config, state.get("class_tokens"), state.get("class_mask"))
+        model.load_state_dict(state)
+    except (TypeError, RuntimeError, ValueError) as error:
+        raise UserError(f"checkpoint {path} does not fit this version: {' '.join(str(error).split())[:200]}") from error
+    return Checkpoint(model.eval(), data)
+
+
+def load_model(path: str | Path) -> nn.Module:
+    """The model in a file such as `cifar10_model.pth`, in evaluation mode, on the CPU."""
+    return load_checkpoint(path).model

@@ -1,0 +1,169 @@
+"""Predictions as tensors, then metrics from them.
+
+Shapes: N pictures, B pictures of one batch, C classes, S bins of confidence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffmoe.config import UserError
+
+CALIBRATION_BINS = 15
+"""Equal bins of confidence, as in Guo et al. 2017."""
+
+_BELOW_ONE = 1 - 2**-24
+"""The largest float32 under 1."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model said of N pictures, on the CPU, beside what is true."""
+
+    logits: Tensor
+    """(N, C) float32."""
+    labels: Tensor
+    """(N,) int64, the true classes."""
+    zero_shot_logits: Tensor | None = None
+    """(N, C) float32, cosine of each picture's embedding with each class description's, times the temperature; None
+    where the model has no descriptions."""
+
+    @property
+    def probabilities(self) -> Tensor:
+        """(N, C) float32, softmax of the logits."""
+        return self.logits.softmax(dim=1)
+
+    @property
+    def predicted(self) -> Tensor:
+        """(N,) int64, the class with the largest logit; the first of equals."""
+        return self.logits.argmax(dim=1)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put `model` in evaluation mode, then each of its modules back in the mode that it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def predict(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], **constants: Any) -> Predictions:
+    """Run `model` once over `batches`, without gradients and in evaluation mode.
+
+    `batches` yields images (B, ch, H, W), normalised and on the model's device, and labels (B,) int64. `model(images)`
+    returns a mapping with `logits` (B, C) and, where it has class descriptions, `zero_shot_logits` (B, C). The
+    `constants` go with every batch: `classes=features`, say, so that descriptions are not encoded anew for each.
+
+    Raises `ValueError` where there are no batches, `UserError` where a logit is not finite: the model diverged, and a
+    metric of such logits would look like one.
+    """
+    logits: list[Tensor] = []
+    labels: list[Tensor] = []
+    zero_shot: list[Tensor] = []
+    with evaluating(model), torch.inference_mode():
+        for images, targets in batches:
+            outputs = model(images, **constants)
+            logits.append(outputs["logits"].float().cpu())
+            labels.append(targets.cpu())
+            if (similarity := outputs.get("zero_shot_logits")) is not None:
+                zero_shot.append(similarity.float().cpu())
+    if not logits:
+        raise ValueError("there are no pictures to predict")
+    # Concatenated outside inference mode, so that the results are ordinary tensors.
+    predictions = Predictions(torch.cat(logits), torch.cat(labels), torch.cat(zero_shot) if zero_shot else None)
+    if not predictions.logits.isfinite().all():
+        raise UserError("the model's outputs are not finite: its training diverged; train it with a lower lr")
+    return predictions
+
+
+def classification_metrics(
+    predictions: Predictions, num_classes: int
+) -> dict[str, float | list[float] | list[list[int]]]:
+    """Metrics over all N predictions, as plain Python that JSON can hold.
+
+    - `accuracy`, and `top5_accuracy` (top C where there are fewer than 5 classes), from 0 to 1;
+    - `precision`, `recall`: C values from 0 to 1; 0 for a class that was never predicted, or that has no picture;
+    - `confusion_matrix`: C x C counts, a row for each true class and a column for each predicted one;
+    - `ece`: expected calibration error, see `calibration_error`;
+    - `nll`: mean cross-entropy, in nats;
+    - `zero_shot_accuracy`: only where there are zero-shot logits.
+
+    Raises `ValueError` where `num_classes` is under 2 or is not C.
+    """
+    # Imported here because it takes seconds, which those who only predict need not pay.
+    from torchmetrics.functional import classification as metrics
+
+    logits, labels = predictions.logits, predictions.labels
+    results: dict[str, float | list[float] | list[list[int]]] = {
+        "accuracy": metrics.multiclass_accuracy(logits, labels, num_classes, average="micro").item(),
+        "top5_accuracy": metrics.multiclass_accuracy(
+            logits, labels, num_classes, average="micro", top_k=min(5, num_classes)
+        ).item(),
+        "precision": metrics.multiclass_precision(logits, labels, num_classes, average="none").tolist(),
+        "recall": metrics.multiclass_recall(logits, labels, num_classes, average="none").tolist(),
+        "confusion_matrix": metrics.multiclass_confusion_matrix(logits, labels, num_classes).tolist(),
+        "ece": calibration_error(predictions),
+        "nll": F.cross_entropy(logits, labels).item(),
+    }
+    if predictions.zero_shot_logits is not None:
+        results["zero_shot_accuracy"] = metrics.multiclass_accuracy(
+            predictions.zero_shot_logits, labels, num_classes, average="micro"
+        ).item()
+    return results
+
+
+def calibration_error(predictions: Predictions, bins: int = CALIBRATION_BINS) -> float:
+    """Expected calibration error, 0 to 1: `sum_s n_s / N · |accuracy_s - confidence_s|` (Guo et al. 2017, eq. 3)."""
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
+    # torchmetrics gives a confidence of exactly 1 a bin of its own after the last; the definition has no such bin.
+    probabilities = predictions.probabilities.clamp(max=_BELOW_ONE)
+    return multiclass_calibration_error(probabilities, predictions.labels, probabilities.shape[1], bins).item()
+
+
+@dataclass(frozen=True)
+class CalibrationBins:
+    """Predictions by their confidence, the probability of the predicted class, in S equal bins from 0 to 1."""
+
+    accuracy: Tensor
+    """(S,) float32, share of right predictions; nan in an empty bin."""
+    confidence: Tensor
+    """(S,) float32, mean confidence; nan in an empty bin."""
+    count: Tensor
+    """(S,) int64."""
+
+
+def calibration_bins(predictions: Predictions, bins: int = CALIBRATION_BINS) -> CalibrationBins:
+    """What `calibration_error` sums over: bin s holds the confidences from s/S up to, but not including, (s+1)/S."""
+    confidence, predicted = predictions.probabilities.clamp(max=_BELOW_ONE).max(dim=1)
+    right = (predicted == predictions.labels).float()
+    which_bin = torch.bucketize(confidence, torch.linspace(0, 1, bins + 1), right=True) - 1
+    count = which_bin.bincount(minlength=bins)
+
+    def mean(values: Tensor) -> Tensor:
+        return (which_bin.bincount(values, minlength=bins) / count).float()
+
+    return CalibrationBins(mean(right), mean(confidence), count)
+
+
+def pick_examples(predictions: Predictions, count: int, seed: int) -> Tensor:
+    """Indices of `count` pictures to show, (min(count, N),) int64: half wrong, then half right, each in random order.
+
+    Where one half has too few, the other fills up. The same `seed` picks the same pictures.
+    """
+    order = torch.randperm(len(predictions.labels), generator=torch.Generator().manual_seed(seed))
+    is_wrong = (predictions.predicted != predictions.labels)[order]
+    wrong, right = order[is_wrong], order[~is_wrong]
+    num_wrong = min(len(wrong), max(count // 2, count - len(right)))
+    return torch.cat([wrong[:num_wrong], right[: count - num_wrong]])

@@ -1,0 +1,136 @@
+"""What a training run leaves on disk, and how the next one goes on from there.
+
+`<save_dir>/<dataset>_model.pth` is the best model; `<save_dir>/<dataset>/` holds `last.ckpt` (all that an exact resume
+needs), `metrics.json`, `history.csv` and TensorBoard's events.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import nn
+from torch.optim import Optimizer
+
+from diffmoe.checkpoint import read
+from diffmoe.config import RunConfig, UserError, dataset_name
+from diffmoe.files import check_writable, write_atomically
+from diffmoe.training import Metrics, Progress
+
+RUN_FORMAT = "diffmoe-run-1"
+
+
+class RunFiles:
+    """The paths of one dataset's run."""
+
+    def __init__(self, dataset: str, save_dir: str) -> None:
+        name = dataset_name(dataset)
+        self.model = Path(save_dir) / f"{name}_model.pth"
+        self.folder = Path(save_dir) / name
+        self.last = self.folder / "last.ckpt"
+        self.metrics = self.folder / "metrics.json"
+        self.history = self.folder / "history.csv"
+
+    def check(self, run: RunConfig) -> None:
+        """Before work begins: nothing of an earlier run is in the way, and the folders can be written.
+
+        Raises `UserError`.
+        """
+        if run.resume and not self.last.is_file():
+            raise UserError(f"resume: there is no {self.last} to go on from")
+        if not (run.resume or run.overwrite):
+            for path in self._written():
+                raise UserError(f"{path} is an earlier run's: give --resume, --overwrite or another --save_dir")
+        check_writable(self.folder)
+
+    def clear(self) -> None:
+        """Remove what an earlier run left, and nothing else."""
+        for path in self._written():
+            path.unlink()
+
+    def _written(self) -> list[Path]:
+        paths = (self.model, self.last, self.metrics, self.history, *self.folder.glob("events.out.tfevents.*"))
+        return [path for path in paths if path.exists()]
+
+    def update_metrics(self, values: Mapping[str, Any]) -> None:
+        """Merge into `metrics.json`, keeping what else is there."""
+        former = json.loads(self.metrics.read_text(encoding="utf-8")) if self.metrics.exists() else {}
+        text = json.dumps({**former, **values}, indent=2, ensure_ascii=False) + "\n"
+        write_atomically(self.metrics, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def write_history(self, rows: Iterable[Metrics]) -> None:
+        """One line for each epoch."""
+        rows = list(rows)
+
+        def write(path: Path) -> None:
+            with path.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)
+
+        write_atomically(self.history, write)
+
+    def read_history(self) -> list[Metrics]:
+        """The rows of `history.csv`; empty where there is none."""
+        if not self.history.exists():
+            return []
+        with self.history.open(newline="", encoding="utf-8") as file:
+            return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def save_run(
+    path: Path, fabric: Fabric, model: nn.Module, optimizer: Optimizer, progress: Progress, configs: Mapping[str, Any]
+) -> None:
+    """Write all that an exact resume needs; every rank must call it.
+
+    `configs` (flat: name to value) are the settings that the resumed run must share.
+    """
+    states = {
+        "format": RUN_FORMAT,
+        "configs": dict(configs),
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "progress": progress.state(),
+        "rng": fabric.all_gather(_rng_state(fabric)),
+    }
+    if fabric.is_global_zero:
+        write_atomically(path, lambda unfinished: torch.save(states, unfinished))
+    fabric.barrier()
+
+
+def load_run(
+    path: Path, fabric: Fabric, model: nn.Module, optimizer: Optimizer, configs: Mapping[str, Any]
+) -> Progress:
+    """Put back what `save_run` wrote. Raises `UserError` where the settings are not those of the saved run."""
+    states = read(path, RUN_FORMAT)
+    for name, value in configs.items():
+        former = states["configs"].get(name)
+        if former != value:
+            raise UserError(f"resume: {name} is {value!r} but was {former!r} in {path}: give the flags it began with")
+    model.load_state_dict(states["model"])
+    optimizer.load_state_dict(states["optimizer"])
+    rng = states["rng"].view(-1, states["rng"].shape[-1])
+    if len(rng) != fabric.world_size:
+        raise UserError(f"resume: {path} was written by {len(rng)} devices, not {fabric.world_size}")
+    _set_rng_state(fabric, rng[fabric.global_rank])
+    return Progress(**states["progress"])
+
+
+def _rng_state(fabric: Fabric) -> torch.Tensor:
+    """The generators of this rank, the processor's and its GPU's, as one row of bytes."""
+    state = torch.get_rng_state()
+    if fabric.device.type == "cuda":
+        state = torch.cat([state, torch.cuda.get_rng_state(fabric.device)])
+    return state.to(fabric.device)
+
+
+def _set_rng_state(fabric: Fabric, state: torch.Tensor) -> None:
+    size = len(torch.get_rng_state())
+    torch.set_rng_state(state[:size].cpu())
+    if fabric.device.type == "cuda":
+        torch.cuda.set_rng_state(state[size:].cpu(), fabric.device)

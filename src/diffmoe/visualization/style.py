@@ -1,0 +1,157 @@
+"""How every figure looks: colours, type, grid, fonts. One place, so that all figures look alike."""
+
+from __future__ import annotations
+
+import logging
+import unicodedata
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from threading import RLock
+from typing import Any
+
+import matplotlib
+from matplotlib import font_manager
+
+logger = logging.getLogger(__name__)
+
+# Okabe and Ito 2008: told apart with every common form of colour blindness, and in grey.
+BLUE = "#0072B2"
+VERMILLION = "#D55E00"
+GREEN = "#009E73"
+ORANGE = "#E69F00"
+SKY = "#56B4E9"
+PURPLE = "#CC79A7"
+PALETTE = (BLUE, VERMILLION, GREEN, ORANGE, SKY, PURPLE)
+
+INK = "#222222"
+MUTED = "#6B6B6B"
+GRID = "#E3E3E3"
+
+RIGHT, WRONG = "✓", "✗"
+RIGHT_COLOR, WRONG_COLOR = BLUE, VERMILLION
+
+FONT_SIZE = 9
+SMALL = 8
+GLYPH_WIDTH = 0.62
+"""Width of a letter over the font size, on average; what a label needs before it is drawn is estimated with it."""
+
+BASE_FONT = "DejaVu Sans"
+"""Comes with matplotlib, so figures are the same on every machine; has the marks RIGHT and WRONG."""
+
+CJK_FONTS = (
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC", "Source Han Sans CN"),
+    *("WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "Droid Sans Fallback"),
+    *("PingFang SC", "Hiragino Sans GB", "Heiti SC", "Heiti TC", "STHeiti", "Arial Unicode MS"),
+    *("Microsoft YaHei", "SimHei"),
+)
+"""Fonts that have Chinese: Linux's, macOS's, Windows's; the first that is installed is used."""
+
+SETTINGS: dict[Any, Any] = {
+    "font.size": FONT_SIZE,
+    "axes.titlesize": FONT_SIZE + 1,
+    "axes.titlelocation": "left",
+    "axes.titlepad": 8,
+    "axes.labelsize": FONT_SIZE,
+    "xtick.labelsize": SMALL,
+    "ytick.labelsize": SMALL,
+    "legend.fontsize": SMALL,
+    "legend.framealpha": 0.85,
+    "legend.edgecolor": "none",
+    "figure.titlesize": FONT_SIZE + 2,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": MUTED,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.7,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4,
+    "axes.formatter.useoffset": False,
+    "text.parse_math": False,  # a class may be called "$5"
+    "text.usetex": False,
+}
+
+_LOCK = RLock()
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """Draw in this style; also a decorator. matplotlib's own settings are put back, and other threads wait."""
+    with _LOCK, matplotlib.rc_context({**SETTINGS, "font.family": font_families()}):
+        yield
+
+
+@cache
+def font_families() -> list[str]:
+    """The base font, and the first installed font that has Chinese."""
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    return [BASE_FONT, *[name for name in CJK_FONTS if name in installed][:1]]
+
+
+@cache
+def _drawable() -> frozenset[int]:
+    """The code points for which `font_families` have a glyph."""
+    paths = [font_manager.findfont(name, fallback_to_default=False) for name in font_families()]
+    return frozenset(point for path in paths for point in font_manager.get_font(path).get_charmap())
+
+
+@cache
+def _warn_of_missing_font() -> None:
+    """Say it once a process, not once a figure."""
+    logger.warning(
+        "no installed font can draw some class names, so figures show class numbers instead; "
+        "for Chinese install one such as Noto Sans CJK (Debian: apt install fonts-noto-cjk)"
+    )
+
+
+def labels(class_names: Sequence[str], max_width: int = 24) -> list[str]:
+    """Class names as they are drawn: on one line, at most `max_width` letters wide (a Chinese character counts two).
+
+    A longer name loses its middle, because long names often differ at their ends. A name with characters that no
+    installed font has is shown by its class number, and a warning is logged once.
+    """
+    return [_label(name, number, max_width) for number, name in enumerate(class_names)]
+
+
+def _label(name: str, number: int, max_width: int) -> str:
+    name = " ".join(name.split())
+    if not all(ord(letter) in _drawable() for letter in name):
+        _warn_of_missing_font()
+        return f"class {number}"
+    if width(name) <= max_width:
+        return name
+    head, tail = "", ""
+    for first, last in zip(name, reversed(name), strict=True):
+        if width(head + first + tail) >= max_width:
+            break
+        head += first
+        if width(head + last + tail) >= max_width:
+            break
+        tail = last + tail
+    return f"{head.rstrip()}…{tail.lstrip()}"
+
+
+def width(text: str) -> int:
+    """Columns that `text` takes: one a letter, two a Chinese, Japanese or Korean character."""
+    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
+
+
+def inches(text: str, font_size: float) -> float:
+    """About how wide `text` is when drawn at `font_size` points."""
+    return width(text) * GLYPH_WIDTH * font_size / 72
+
+
+def percent_tick(fraction: float, _position: float = 0) -> str:
+    """`0.925` as `92.5%`, `0.9` as `90%`: what matplotlib's own formatter gives the same decimals everywhere."""
+    return f"{100 * fraction:.6g}%"

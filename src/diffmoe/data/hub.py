@@ -1,0 +1,86 @@
+"""Sets on the Hugging Face hub: from the library's cache where they are in it, else downloaded into it."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffmoe.config import UserError, dataset_name
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+REQUEST_SECONDS = 5
+PATIENCE_SECONDS = 8
+"""For the whole answer: a request's own limit does not cover a name server that is silent."""
+
+
+def check_hub(name: str) -> None:
+    """Raises `UserError` unless the set `name` (owner/name) is cached, or on a hub that answers; within 10 s."""
+    if is_cached(name):
+        return
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    failures: list[Exception] = []
+
+    def ask() -> None:
+        try:
+            HfApi().dataset_info(name, timeout=REQUEST_SECONDS)
+        except Exception as error:  # the library lets those of its HTTP client through
+            failures.append(error)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(PATIENCE_SECONDS)
+    if asking.is_alive():
+        failures.append(TimeoutError(f"no answer in {PATIENCE_SECONDS} s"))
+    for error in failures:
+        if isinstance(error, RepositoryNotFoundError):
+            raise UserError(
+                f"dataset is {name!r}: there is no such folder, and no such public set on the hub: "
+                "it must be a folder, or a hub name such as owner/name"
+            ) from error
+        raise _unreachable(name, error) from error
+
+
+def load_hub(name: str) -> dict[str, Dataset]:
+    """The set's splits, memory-mapped. From the cache where it is there, so that a run needs no network twice.
+
+    Raises `UserError` where the set cannot be downloaded or prepared.
+    """
+    import datasets
+    from datasets.packaged_modules.cache.cache import Cache
+
+    if is_cached(name):
+        cached = Cache(dataset_name=dataset_name(name), repo_id=name, version="auto", hash="auto")
+        cached.download_and_prepare()
+        splits = cached.as_dataset()
+    else:
+        try:
+            splits = datasets.load_dataset(name)
+        except Exception as error:  # anything from a lost connection to a script that is no longer run
+            raise _unreachable(name, error) from error
+    if not isinstance(splits, datasets.DatasetDict):
+        raise UserError(f"{name} on the hub has no splits: it must have a train split")
+    return {str(split): dataset for split, dataset in splits.items()}
+
+
+def is_cached(name: str) -> bool:
+    """Whether the library's cache holds the set, in one configuration."""
+    import datasets.config
+    from datasets.naming import camelcase_to_snakecase
+
+    owner, _, repository = name.rpartition("/")
+    folder = Path(datasets.config.HF_DATASETS_CACHE).expanduser() / f"{owner}___{camelcase_to_snakecase(repository)}"
+    configurations = {path.parts[-4] for path in folder.glob("*/*/*/dataset_info.json")}  # <name>/<version>/<hash>/
+    return len(configurations) == 1
+
+
+def _unreachable(name: str, error: Exception) -> UserError:
+    reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+    return UserError(
+        f"cannot get {name} from the hub ({reason}): there must be a network, "
+        f"or --data_dir DIR with DIR/{dataset_name(name)}/train-*.parquet"
+    )

@@ -1,0 +1,182 @@
+"""From a dataset's name, folder or hub name to its pictures: found, decoded once, cached, split three ways."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from diffmoe.config import EMBEDDED_DATASETS, HUB_DATASETS, DataConfig, UserError, dataset_name, nearest
+from diffmoe.data.cache import cache_path, read_cache, write_cache
+from diffmoe.data.folders import FolderSource, has_class_folders
+from diffmoe.data.hub import check_hub
+from diffmoe.data.pictures import LazyImages, check_channels, read_picture, to_tensor
+from diffmoe.data.splits import SPLIT_ALIASES, EncodedSplit, Split, channel_statistics, hold_out
+from diffmoe.data.tables import HubSource, ParquetSource, parquet_files
+
+__all__ = ["ImageDataset", "Split", "check_dataset", "load_dataset", "read_picture"]
+
+
+@dataclass(frozen=True)
+class ImageDataset:
+    """A classification set, in three disjoint splits."""
+
+    name: str
+    class_names: tuple[str, ...]
+    train: Split
+    validation: Split
+    test: Split
+    mean: tuple[float, ...]
+    """Of each channel over the training split, pictures in [0, 1]."""
+    std: tuple[float, ...]
+    """Likewise."""
+
+
+class Source(Protocol):
+    """Where a set is. Opening one reads no picture."""
+
+    def __len__(self) -> int:
+        """Pictures in all splits."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A name for the content, for the cache."""
+        ...
+
+    def read(self, in_memory: bool) -> tuple[tuple[str, ...], dict[str, EncodedSplit]]:
+        """Class names, and the splits. Raises `UserError` naming a row whose label will not do."""
+        ...
+
+
+def check_dataset(config: DataConfig) -> None:
+    """Raises `UserError` where the set is not there or not laid out as one; reads no picture.
+
+    An unknown name (with the nearest known), a folder that is missing, empty or without classes, a table without
+    the columns, a hub that does not answer.
+    """
+    if config.dataset not in EMBEDDED_DATASETS:
+        find_source(config)
+
+
+def load_dataset(config: DataConfig, *, img_size: int, in_channels: int, progress: bool = True) -> ImageDataset:
+    """Find the set and make it ready: decoded to uint8 (C, img_size, img_size), in three splits.
+
+    A set over `config.max_memory_gb` is not decoded: its pictures are `LazyImages`. Validation and test pictures are
+    held out of train where the set does not have them, by `config.split_seed` alone.
+    Raises `UserError` where the set or one of its pictures will not do.
+    """
+    check_channels(in_channels)
+    if config.dataset in EMBEDDED_DATASETS:
+        class_names, splits = _read_digits(img_size, in_channels)
+    else:
+        source = find_source(config)
+        if len(source) * in_channels * img_size**2 > config.max_memory_gb * 1e9:
+            class_names, encoded = source.read(in_memory=False)
+            splits = {
+                name: Split(LazyImages.of(pictures, img_size, in_channels), labels)
+                for name, (pictures, labels) in encoded.items()
+            }
+        else:
+            class_names, splits = _decode_source(source, img_size, in_channels, progress)
+    return _assemble(config, class_names, splits, progress)
+
+
+def find_source(config: DataConfig) -> Source:
+    """Where the set is: `data_dir/<dataset>`, `data_dir` itself, a folder that `dataset` names, or the hub.
+
+    Raises `UserError` where it is nowhere; with `data_dir` the hub is never asked.
+    """
+    name = config.dataset
+    if config.data_dir is not None:
+        return _open_folder(_find_in(Path(config.data_dir).expanduser(), dataset_name(name)))
+    folder = Path(name).expanduser()
+    if folder.is_dir() and (name not in HUB_DATASETS or _holds_set(folder)):
+        return _open_folder(folder)
+    if name not in HUB_DATASETS and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        known = (*EMBEDDED_DATASETS, *HUB_DATASETS)
+        raise UserError(
+            f"dataset is {name!r}{nearest(name, known)}: it must be one of {', '.join(known)}, "
+            "a folder that exists, or a hub name such as owner/name"
+        )
+    hub_name = HUB_DATASETS.get(name, name)
+    check_hub(hub_name)
+    return HubSource(hub_name)
+
+
+def _find_in(data_dir: Path, name: str) -> Path:
+    if not data_dir.is_dir():
+        raise UserError(f"data_dir is {str(data_dir)!r}: it must be a folder that exists")
+    if (data_dir / name).is_dir():
+        return data_dir / name
+    if _holds_set(data_dir):
+        return data_dir
+    hint = nearest(name, (path.name for path in data_dir.iterdir() if path.is_dir()))
+    raise UserError(
+        f"there is no {str(data_dir / name)!r}{hint}: it must be there with <split>-*.parquet or train/<class>/"
+    )
+
+
+def _holds_set(folder: Path) -> bool:
+    return bool(parquet_files(folder)) or has_class_folders(folder)
+
+
+def _open_folder(folder: Path) -> Source:
+    if files := parquet_files(folder):
+        return ParquetSource.open(files)
+    if has_class_folders(folder):
+        return FolderSource.open(folder)
+    raise UserError(f"{folder} holds no dataset: it must hold train-*.parquet, or pictures in train/<class>/")
+
+
+def _decode_source(
+    source: Source, img_size: int, in_channels: int, progress: bool
+) -> tuple[tuple[str, ...], dict[str, Split]]:
+    path = cache_path(source.fingerprint(), img_size=img_size, in_channels=in_channels)
+    cached = read_cache(path)
+    if cached is not None:
+        tensors, metadata = cached
+        return tuple(json.loads(metadata["class_names"])), _splits_of(tensors)
+    class_names, encoded = source.read(in_memory=True)
+    tensors = {}
+    for name, (pictures, labels) in encoded.items():
+        tensors[f"{name}.images"] = LazyImages.of(pictures, img_size, in_channels).load(progress)
+        tensors[f"{name}.labels"] = labels
+    write_cache(path, tensors, {"class_names": json.dumps(class_names)})
+    return class_names, _splits_of(tensors)
+
+
+def _splits_of(tensors: dict[str, Tensor]) -> dict[str, Split]:
+    names = [name for name in SPLIT_ALIASES if f"{name}.labels" in tensors]
+    return {name: Split(tensors[f"{name}.images"], tensors[f"{name}.labels"]) for name in names}
+
+
+def _read_digits(img_size: int, in_channels: int) -> tuple[tuple[str, ...], dict[str, Split]]:
+    """scikit-learn's digits: 1,797 pictures of 8x8 with values from 0 to 16."""
+    import numpy as np
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    pictures = np.rint(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    images = torch.stack([to_tensor(Image.fromarray(picture), img_size, in_channels) for picture in pictures])
+    return tuple("0123456789"), {"train": Split(images, torch.from_numpy(labels).long())}
+
+
+def _assemble(
+    config: DataConfig, class_names: tuple[str, ...], splits: dict[str, Split], progress: bool
+) -> ImageDataset:
+    for name, split in splits.items():
+        if not len(split):
+            raise UserError(f"dataset {config.dataset!r} has an empty {name} split: it must hold pictures")
+    train, validation, test = splits["train"], splits.get("validation"), splits.get("test")
+    if test is None:
+        train, test = hold_out(train, config.test_fraction, config.split_seed, class_names)
+    if validation is None:
+        train, validation = hold_out(train, config.val_fraction, config.split_seed, class_names)
+    mean, std = channel_statistics(train.images, config.split_seed, progress)
+    return ImageDataset(dataset_name(config.dataset), class_names, train, validation, test, mean, std)

@@ -1,0 +1,123 @@
+"""Class folders: what is read, what is ignored, and what a mistake in the layout says."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from diffmoe.config import DataConfig, UserError
+from diffmoe.data import ImageDataset, LazyImages, check_dataset, load_dataset, read_picture
+
+
+def load(folder: Path, max_memory_gb: float = 4.0) -> ImageDataset:
+    config = DataConfig(dataset=str(folder), max_memory_gb=max_memory_gb)
+    check_dataset(config)
+    return load_dataset(config, img_size=8, in_channels=3, progress=False)
+
+
+def test_pictures_and_labels_belong_together(picture_folder: Path) -> None:
+    data = load(picture_folder)
+    assert (data.name, data.class_names) == ("pets", ("bird", "cat", "dog"))
+    assert (len(data.train), len(data.validation), len(data.test)) == (27, 3, 12)
+    paths = sorted((picture_folder / "test").rglob("*.png"))
+    for index, path in enumerate(paths):
+        assert data.class_names[data.test.labels[index]] == path.parent.name
+        assert torch.equal(data.test.images[index], read_picture(path, img_size=8, in_channels=3))
+
+
+@pytest.mark.parametrize("data_dir", ["..", "."])
+def test_data_dir_may_hold_the_set_or_be_it(picture_folder: Path, data_dir: str) -> None:
+    config = DataConfig(dataset="pets", data_dir=str(picture_folder / data_dir))
+    assert len(load_dataset(config, img_size=8, in_channels=3).test) == 12
+
+
+def test_a_set_in_the_working_folder_comes_before_the_hub(
+    picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture_folder.rename(tmp_path / "cifar10")
+    monkeypatch.chdir(tmp_path)
+    assert load_dataset(DataConfig(dataset="cifar10"), img_size=8, in_channels=3).class_names == ("bird", "cat", "dog")
+    shutil.rmtree(tmp_path / "cifar10")
+    (tmp_path / "cifar10").mkdir()  # of some other use
+    with pytest.raises(UserError, match="from the hub"):
+        check_dataset(DataConfig(dataset="cifar10"))
+
+
+def test_own_validation_split_is_taken_as_it_is(picture_folder: Path) -> None:
+    shutil.copytree(picture_folder / "test", picture_folder / "val")
+    data = load(picture_folder)
+    assert len(data.train) == 30
+    assert isinstance(data.validation.images, torch.Tensor)
+    assert isinstance(data.test.images, torch.Tensor)
+    assert torch.equal(data.validation.images, data.test.images)
+
+
+def test_class_folders_without_train_are_split_three_ways(picture_folder: Path) -> None:
+    data = load(picture_folder / "train")
+    assert (len(data.train), len(data.validation), len(data.test)) == (21, 3, 6)
+
+
+def test_what_is_no_picture_is_ignored(picture_folder: Path) -> None:
+    (picture_folder / "train/cat/notes.txt").write_text("no picture")
+    (picture_folder / "train/cat/.hidden.png").write_text("no picture")
+    (picture_folder / "train/.cache").mkdir()
+    nested = picture_folder / "train/cat/more/deep"
+    nested.mkdir(parents=True)
+    Image.new("L", (3, 3)).save(nested / "UPPER.JPG", "JPEG")
+    data = load(picture_folder)
+    assert data.class_names == ("bird", "cat", "dog")
+    assert len(data.train) + len(data.validation) == 31
+
+
+def test_lazy_equals_in_memory(picture_folder: Path) -> None:
+    memory, lazy = load(picture_folder), load(picture_folder, max_memory_gb=0)
+    assert (lazy.mean, lazy.std) == (memory.mean, memory.std)  # the sample is the whole set here
+    for name in ("train", "validation", "test"):
+        a, b = getattr(memory, name), getattr(lazy, name)
+        assert isinstance(b.images, LazyImages)
+        assert torch.equal(a.labels, b.labels)
+        assert torch.equal(a.images, b.images[torch.arange(len(b))])
+
+
+def test_a_damaged_picture_is_named_by_its_path(picture_folder: Path) -> None:
+    path = picture_folder / "train/dog/03.png"
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(UserError, match=r"train/dog/03\.png cannot be decoded"):
+        load(picture_folder)
+
+
+def test_mistakes_in_the_layout(picture_folder: Path, tmp_path: Path) -> None:
+    (picture_folder / "train/fish").mkdir()
+    with pytest.raises(UserError, match="train/fish holds no pictures"):
+        load(picture_folder)
+    (picture_folder / "train/fish").rmdir()
+
+    (picture_folder / "test/dog").rename(picture_folder / "test/dgo")
+    with pytest.raises(UserError, match=r"test/dgo is a class that is not in .*train \(did you mean 'dog'\?\)"):
+        load(picture_folder)
+
+    (tmp_path / "flat/train").mkdir(parents=True)
+    with pytest.raises(UserError, match="flat/train has no class folders"):
+        load(tmp_path / "flat")
+
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(UserError, match=r"nothing holds no dataset: it must hold train-\*\.parquet"):
+        load(tmp_path / "nothing")
+
+
+def test_mistakes_in_data_dir(picture_folder: Path) -> None:
+    with pytest.raises(UserError, match="data_dir is '/nowhere': it must be a folder that exists"):
+        check_dataset(DataConfig(dataset="pets", data_dir="/nowhere"))
+    with pytest.raises(UserError, match=r"there is no '.*/pet' \(did you mean 'pets'\?\)"):
+        check_dataset(DataConfig(dataset="pet", data_dir=str(picture_folder.parent)))
+    with pytest.raises(UserError, match=r"there is no '.*/cifar10'"):  # and no download behind the user's back
+        check_dataset(DataConfig(dataset="cifar10", data_dir=str(picture_folder.parent)))
+
+
+def test_a_class_too_small_to_split(picture_folder: Path) -> None:
+    for path in sorted((picture_folder / "train/cat").iterdir())[1:]:
+        path.unlink()
+    with pytest.raises(UserError, match="class 'cat' has only 1 picture"):
+        load(picture_folder)

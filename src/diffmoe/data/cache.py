@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 from pathlib import Path
 
 from torch import Tensor
+
+from diffmoe.config import UserError
+from diffmoe.files import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -44,12 +46,7 @@ def write_cache(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, metadata)
-        partial.replace(path)
-    except (SafetensorError, OSError) as error:
-        log.warning("cannot cache the decoded pictures in %s (%s): set DIFFMOE_CACHE", path.parent, error)
-        with contextlib.suppress(OSError):  # a full disk leaves a part of it, a read-only one nothing
-            partial.unlink()
+        write_atomically(path, lambda unfinished: save_file(tensors, unfinished, metadata))
+    except (SafetensorError, UserError) as error:
+        log.warning("the decoded pictures are not cached: %s; set DIFFMOE_CACHE to a folder that can be", error)

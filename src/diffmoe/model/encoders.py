@@ -64,10 +64,11 @@ class UnifiedModalEncoder(nn.Module):
         self.attention = Attention(config.embed_dim, config.num_heads, config.dropout, config.attention)
         self.global_expert = Expert(config.embed_dim, config.expansion_factor, **shared)
         experts_before = {"image": 0, "text": 1, "fusion": 2}[place]  # vision comes first, then text
-        has_own = place != "fusion" and config.num_modality_specific_experts > experts_before
+        has_own = config.num_modality_specific_experts > experts_before
         self.modality_expert = Expert(config.embed_dim, config.expansion_factor, **shared) if has_own else None
         if config.dense:
-            self.general_experts = Expert(config.embed_dim, config.top_k * config.expansion_factor, **shared)
+            width = config.top_k * round(config.expansion_factor * config.embed_dim)
+            self.general_experts = Expert(config.embed_dim, width / config.embed_dim, **shared)
         else:
             self.general_experts = GeneralExperts(
                 config.embed_dim,

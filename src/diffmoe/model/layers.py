@@ -41,7 +41,7 @@ class Expert(nn.Module):
         layer_norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
-        hidden = int(expansion_factor * embed_dim)
+        hidden = round(expansion_factor * embed_dim)
         self.norm = nn.LayerNorm(embed_dim, eps=layer_norm_eps)
         self.fc1 = nn.Linear(embed_dim, hidden)
         self.activation = ACTIVATIONS[activation]
@@ -103,7 +103,7 @@ def _conv_stem(patch_size: int, in_channels: int, embed_dim: int) -> nn.Sequenti
     width_in = in_channels
     for halving in range(halvings):
         width = max(embed_dim >> (halvings - halving), 16)
-        layers += [_conv_bn(width_in, width), _conv_bn(width, width), nn.MaxPool2d(2)]
+        layers += [_conv_bn(width_in, width), nn.MaxPool2d(2), _conv_bn(width, width)]
         width_in = width
     return nn.Sequential(*layers, _conv_bn(width_in, embed_dim))
 

@@ -153,7 +153,7 @@ class GeneralExperts(nn.Module):
         router_noise: bool = False,
     ) -> None:
         super().__init__()
-        hidden = int(expansion_factor * embed_dim)
+        hidden = round(expansion_factor * embed_dim)
         self.embed_dim, self.activation, self.dropout, self.eps = embed_dim, activation, dropout, layer_norm_eps
         self.router = AttentiveRouter(embed_dim, num_experts, top_k, noise=router_noise)
         self.gain = nn.Parameter(torch.ones(num_experts, embed_dim))
@@ -192,6 +192,9 @@ class GeneralExperts(nn.Module):
 
 FEW_SLOTS = 256
 """Up to this many slots (tokens * K), one batched product over padded experts beats a product for each expert."""
+MIN_ROWS = 16
+"""An expert's rows are padded to a multiple of this: products of fewer rows take other kernels, which round otherwise,
+and then a token's output would depend, in its last bits, on how many others its expert was given."""
 
 
 def sorted_experts(
@@ -248,8 +251,9 @@ def _sort_slots(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor
 
 
 def _row_multiple(num_slots: int, num_experts: int) -> int:
-    """The largest power of two, at most 256, that pads an average expert's rows by about a sixteenth."""
-    return 1 << max(0, min(8, (num_slots // (8 * num_experts)).bit_length() - 1))
+    """The largest power of two, at most 256, that pads an average expert's rows by about a sixteenth; never under 16."""
+    sixteenth = num_slots // (8 * num_experts)  # of two average experts' rows: half a multiple is lost on average
+    return min(256, max(MIN_ROWS, 1 << sixteenth.bit_length() >> 1))
 
 
 class _Gather(torch.autograd.Function):
@@ -296,7 +300,8 @@ def padded_experts(
     ids_S = expert_ids_TK.flatten()
     in_expert_SE = F.one_hot(ids_S, num_experts + 1)[:, :num_experts]
     rank_S = (in_expert_SE.cumsum(0) * in_expert_SE).sum(-1) - 1  # a slot's place in its expert's queue; -1 nowhere
-    capacity = int(rank_S.max()) + 1
+    fullest = int(in_expert_SE.sum(0).max())
+    capacity = -(-fullest // MIN_ROWS) * MIN_ROWS
     real_S = rank_S >= 0
     cell_S = (ids_S * capacity + rank_S).masked_fill(~real_S, num_experts * capacity)  # nowhere: one cell past the end
     x_SD = x_TD.repeat_interleave(expert_ids_TK.shape[1], 0)

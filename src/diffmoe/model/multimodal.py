@@ -94,7 +94,9 @@ class MultiModalMoE(nn.Module):
     @property
     def scale(self) -> Tensor:
         """Inverse temperature of the contrastive loss, at most 100."""
-        return self.log_scale.clamp(max=MAX_SCALE).exp()
+        # The gradient passes the ceiling, so that a temperature that has reached it can come down again.
+        excess = (self.log_scale - MAX_SCALE).clamp(min=0).detach()
+        return (self.log_scale - excess).exp()
 
     def image_features(self, images: Tensor, need_weights: bool = False) -> ImageFeatures:
         """(B, C, H, W) normalised pictures, of any size that the patch divides, through the image tower."""
@@ -126,7 +128,7 @@ class MultiModalMoE(nn.Module):
             (features * weight).sum(1) / weight.sum(1),
             pooled,
             F.normalize(self.text_projection(pooled), dim=-1),
-            losses.first_occurrence(text_tokens * mask.long()),
+            losses.first_occurrence(text_tokens.masked_fill(~mask.bool(), -1)),
             encoded.routing,
             encoded.attention,
         )
@@ -198,6 +200,8 @@ class MultiModalMoE(nn.Module):
                 image.embedding, text.embedding, text.first[text_of_image], self.scale, distinct
             )
         config = self.config
+        if self.training and config.balance_bias_rate > 0:
+            self._move_balance_biases(routing)
         out["cross_modal_loss"], out["contrastive_loss"] = alignment, contrastive
         out["router_loss"] = (
             out["router_loss"]
@@ -230,6 +234,11 @@ class MultiModalMoE(nn.Module):
             if weight > 0:
                 total = total + weight * sum((loss(r) for r in routings), zero)
         return {"router_loss": total, "router_z_loss": z_loss, "router_balance_loss": balance}
+
+    def _move_balance_biases(self, routings: tuple[Routing, ...]) -> None:
+        routers = [module for module in self.modules() if isinstance(module, AttentiveRouter)]
+        for router, routing in zip(routers, routings, strict=True):
+            router.update_balance_bias(routing.tokens_per_expert, self.config.balance_bias_rate)
 
     def _image_position(self, images: Tensor) -> Tensor:
         """The position embedding (1, N, D), interpolated where the pictures are not of img_size."""

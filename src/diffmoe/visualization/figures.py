@@ -7,10 +7,8 @@ Shapes: N pictures, C classes.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from torch import Tensor
 
 from diffmoe.config import UserError
 from diffmoe.evaluation import CALIBRATION_BINS, Predictions, calibration_bins, calibration_error
+from diffmoe.files import write_atomically
 from diffmoe.visualization import style
 from diffmoe.visualization.style import styled
 
@@ -88,7 +87,7 @@ def _loss_panel(axes: Axes, history: History) -> None:
     _curve(axes, history, "task_loss", color=style.SKY, linestyle=":", label="train, task part only")
     _curve(axes, history, "val_loss", color=style.VERMILLION, linestyle="--", label="validation")
     axes.set_title("Loss")
-    axes.legend()
+    axes.legend(loc="upper right")
 
 
 def _accuracy_panel(axes: Axes, history: History) -> None:
@@ -102,7 +101,7 @@ def _accuracy_panel(axes: Axes, history: History) -> None:
         axes.plot(best["epoch"], best["val_accuracy"], linestyle="", zorder=4, label=label, **star)
     axes.set_title("Accuracy")
     axes.yaxis.set_major_formatter(style.percent_tick)
-    axes.legend()
+    axes.legend(loc="lower right")
 
 
 def _learning_rate_panel(axes: Axes, history: History) -> None:
@@ -273,17 +272,6 @@ def save(figure: Figure, path: str | Path, dpi: int = 150) -> Path:
     kind = path.suffix[1:].lower()
     if kind not in formats:
         raise UserError(f"{path}: a figure's name must end in one of {', '.join('.' + name for name in formats)}")
-    drawn = BytesIO()
     with styled():
-        figure.savefig(drawn, format=kind, dpi=dpi)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            unfinished.write_bytes(drawn.getvalue())
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error}") from error
+        write_atomically(path, lambda unfinished: figure.savefig(unfinished, format=kind, dpi=dpi))
     return path

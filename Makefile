@@ -7,7 +7,8 @@ READY  := $(VENV)/.ready
 .PHONY: demo test lint bench clean
 
 demo: $(READY)
-	$(BIN)/python main.py --dataset digits --mode train_test --overwrite
+	$(BIN)/python main.py --dataset digits --mode train_test \
+		--save_dir checkpoints/demo --output_dir visualizations/demo --overwrite
 
 test: $(READY)
 	$(BIN)/python -m pytest

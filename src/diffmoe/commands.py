@@ -30,7 +30,7 @@ from diffmoe.data import (
     tokenize,
 )
 from diffmoe.files import check_writable
-from diffmoe.hardware import make_fabric, pick_device, use_fast_matmul
+from diffmoe.hardware import keep_freed_memory, make_fabric, pick_device, use_fast_matmul
 from diffmoe.model.heads import ImageClassifier
 from diffmoe.profiling import count_parameters
 from diffmoe.runs import RunFiles, load_run, save_run
@@ -65,14 +65,15 @@ def train(settings: Settings) -> None:
     files.check(settings.run)
     fabric = make_fabric(settings.run)
     use_fast_matmul()
+    keep_freed_memory()
     with fabric.rank_zero_first():  # the others find the cache that it made
         data = _load_data(settings.data, settings.model, show=fabric.is_global_zero)
     model_config = _with_classes(settings, data)
     torch.manual_seed(config.seed)
     model = ImageClassifier(model_config, *_class_tokens(data, model_config.max_text_len))
     optimizer = make_optimizer(model, config)
-    objective: nn.Module = ClassificationObjective(model, config.label_smoothing)
-    objective, wrapped_optimizer = fabric.setup(
+    objective = ClassificationObjective(model, config.label_smoothing)
+    wrapped, wrapped_optimizer = fabric.setup(
         cast(nn.Module, torch.compile(objective)) if config.compile else objective, optimizer
     )
     # Weights are equal on all ranks; dropout and the descriptions drawn from here on are not.
@@ -108,7 +109,7 @@ def train(settings: Settings) -> None:
         world_size=fabric.world_size,
         num_workers=settings.data.num_workers,
     )
-    fit(fabric, objective, wrapped_optimizer, train_batches, hooks, config, progress)
+    fit(fabric, wrapped, wrapped_optimizer, train_batches, hooks, config, progress)
     fabric.print(f"best model: {files.model}   metrics: {files.metrics}")
 
 
@@ -168,7 +169,7 @@ def predict(images: Sequence[str], checkpoint_path: str, top: int, device: str) 
     model = checkpoint.model.to(where)
     probabilities: list[Tensor] = []
     with torch.inference_mode():
-        classes = model.class_features() if model.reads_descriptions else None
+        classes = model.class_features()
         for chunk in torch.stack(pictures).split(EVALUATION_BATCH):
             out = model(normalize(chunk.to(where), info.mean, info.std), classes=classes)
             probabilities.append(out["logits"].float().softmax(-1).cpu())

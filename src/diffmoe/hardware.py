@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
+import platform
+import sys
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
 
 from diffmoe.config import RunConfig, UserError
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""From glibc's malloc.h."""
 
 
 def pick_device(device: str) -> torch.device:
@@ -35,6 +41,19 @@ def make_fabric(run: RunConfig) -> Fabric:
     fabric = Fabric(accelerator=device.type, devices=run.num_devices, strategy=run.strategy, precision=precision)
     fabric.launch()
     return fabric
+
+
+def keep_freed_memory() -> bool:
+    """On a CPU with glibc, keep large buffers for the next step instead of giving them back; True where that is so.
+
+    Every training step frees and asks for the same hundreds of megabytes; handing them back to the system each time
+    costs a page fault for every 4 KB: 8% of the tiny preset's step (docs/dev/LOG.md).
+    """
+    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL("libc.so.6").mallopt
+    largest = 32 * 2**20  # glibc's own ceiling for the mmap threshold
+    return bool(mallopt(M_MMAP_THRESHOLD, largest) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
 def use_fast_matmul() -> bool:

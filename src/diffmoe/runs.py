@@ -60,7 +60,9 @@ class RunFiles:
     def update_metrics(self, values: Mapping[str, Any]) -> None:
         """Merge into `metrics.json`, keeping what else is there."""
         former = json.loads(self.metrics.read_text(encoding="utf-8")) if self.metrics.exists() else {}
-        text = json.dumps({**former, **values}, indent=2, ensure_ascii=False) + "\n"
+        # Metrics are of float32: digits past the sixth are noise.
+        rounded = json.loads(json.dumps(values), parse_float=lambda digits: float(f"{float(digits):.6g}"))
+        text = json.dumps({**former, **rounded}, indent=2, ensure_ascii=False) + "\n"
         write_atomically(self.metrics, lambda path: path.write_text(text, encoding="utf-8"))
 
     def write_history(self, rows: Iterable[Metrics]) -> None:

@@ -111,7 +111,7 @@ class LazyImages:
         workers = min(8, available_cores()) if len(self) >= 4 * chunk else 0
         start = 0
         with tqdm(
-            total=len(self), desc="decoding", unit=" pictures", delay=2, leave=False, disable=not progress
+            total=len(self), desc="decoding", unit=" pictures", delay=2, leave=False, disable=None if progress else True
         ) as bar:
             for decoded in self.stream(torch.arange(len(self)).split(chunk), workers):
                 images[start : start + len(decoded)] = decoded

@@ -103,15 +103,14 @@ def _conv_stem(patch_size: int, in_channels: int, embed_dim: int) -> nn.Sequenti
     width_in = in_channels
     for halving in range(halvings):
         width = max(embed_dim >> (halvings - halving), 16)
-        layers += [_conv_bn(width_in, width), nn.MaxPool2d(2), _conv_bn(width, width)]
+        layers += [_conv_bn(width_in, width), _conv_bn(width, width), nn.MaxPool2d(2)]
         width_in = width
     return nn.Sequential(*layers, _conv_bn(width_in, embed_dim))
 
 
 def _conv_bn(in_channels: int, out_channels: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False), nn.BatchNorm2d(out_channels), nn.ReLU()
-    )
+    convolution = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
 
 
 class Attention(nn.Module):

@@ -251,9 +251,9 @@ def _sort_slots(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor
 
 
 def _row_multiple(num_slots: int, num_experts: int) -> int:
-    """The largest power of two, at most 256, that pads an average expert's rows by about a sixteenth; never under 16."""
-    sixteenth = num_slots // (8 * num_experts)  # of two average experts' rows: half a multiple is lost on average
-    return min(256, max(MIN_ROWS, 1 << sixteenth.bit_length() >> 1))
+    """A power of two from MIN_ROWS to 256 that pads an average expert's rows by about a sixteenth."""
+    eighth = num_slots // (8 * num_experts)  # of an average expert's rows; rounding up adds half of it on average
+    return min(256, max(MIN_ROWS, (1 << eighth.bit_length()) >> 1))
 
 
 class _Gather(torch.autograd.Function):

@@ -1,0 +1,68 @@
+"""A file appears whole or not at all."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffmoe.config import UserError
+from diffmoe.files import check_writable, write_atomically
+
+
+def test_writes_and_makes_the_folder(tmp_path):
+    path = tmp_path / "a" / "b" / "file.txt"
+    write_atomically(path, lambda unfinished: unfinished.write_text("new"))
+    assert path.read_text() == "new"
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, OSError])
+def test_a_writer_that_fails_leaves_the_old_file_alone(tmp_path, error):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+
+    def write(unfinished: Path) -> None:
+        unfinished.write_text("half")
+        assert path.read_text() == "old"  # what is there stays there until the new one is whole
+        raise error("stop")
+
+    with pytest.raises(UserError if error is OSError else error):
+        write_atomically(path, write)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def write_into(folder: Path) -> None:
+    write_atomically(folder / "new.txt", lambda path: path.write_text("new"))
+
+
+@pytest.mark.parametrize("write", [write_into, check_writable])
+def test_what_cannot_be_written_is_one_line(tmp_path, write):
+    """A file stands where a folder is needed: that stops even root."""
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match=r"file/sub.* cannot be written: ") as caught:
+        write(tmp_path / "file" / "sub")
+    assert "\n" not in str(caught.value)
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_check_writable_leaves_an_empty_folder(tmp_path):
+    check_writable(tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_full_disk_is_one_line_and_the_old_file_stays(tmp_path):
+    path = tmp_path / "model.pth"
+    path.write_text("old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # stands in for the disk
+    try:
+        with pytest.raises(UserError, match=r"model\.pth cannot be written"):
+            write_atomically(path, lambda unfinished: torch.save(torch.zeros(10_000), unfinished))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,86 @@
+"""What the READMEs say can be done, done: every command on a small set, every Python example, every link."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+READMES = ("README.md", "README.zh-CN.md")
+SMALL = "--embed_dim 16 --num_heads 2 --img_encoder_layers 1 --text_embed_dim 8 --epochs 1 --device cpu".split()  # noqa: SIM905
+
+
+def blocks(readme: str, language: str) -> list[str]:
+    """The fenced code blocks of one language."""
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / readme).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def commands(readme: str) -> list[list[str]]:
+    """The commands that a reader is told to type."""
+    return [shlex.split(line, comments=True) for block in blocks(readme, "bash") for line in block.splitlines() if line]
+
+
+@pytest.fixture
+def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder but for `flowers`, a picture, and sets named like those of the README."""
+    generator = np.random.default_rng(0)
+    for dataset in ("flowers", "sets/cifar10"):
+        for split, count in (("train", 12), ("test", 4)):
+            for name in ("rose", "tulip"):
+                folder = tmp_path / dataset / split / name
+                folder.mkdir(parents=True)
+                for number in range(count):
+                    pixels = generator.integers(0, 256, (40, 30, 3), dtype=np.uint8)
+                    Image.fromarray(pixels).save(folder / f"{number}.jpg")
+    Image.fromarray(generator.integers(0, 256, (60, 50, 3), dtype=np.uint8)).save(tmp_path / "cat.jpg")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_every_command_runs_in_its_order(readme: str, pictures: Path, cli: Callable[..., Any]) -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    ran = 0
+    for words in commands(readme):
+        if words[0] == "make":
+            assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE)
+            continue
+        assert words[0] == "diffmoe" or words[:2] == ["python", "main.py"], words
+        argv = words[1:] if words[0] == "diffmoe" else words[2:]
+        if "train_test" in argv:
+            argv = [*argv, *SMALL]
+        if "cifar10" in argv and "--data_dir" not in argv:
+            argv = [*argv, "--data_dir", "sets"]  # the reader's come from the hub
+        result = cli(*argv)
+        assert result.code == 0, (argv, result.err)
+        ran += 1
+    assert ran >= 4
+    assert (pictures / "checkpoints" / "cifar10_model.pth").exists()
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_every_python_example_runs(readme: str) -> None:
+    for source in blocks(readme, "python"):
+        exec(compile(source, readme, "exec"), {})
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_every_link_and_named_file_is_there(readme: str) -> None:
+    text = (ROOT / readme).read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)#]+)\)", text) + re.findall(r"`((?:src|docs|examples|configs)/[\w./-]*)`", text)
+    assert targets
+    assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+def test_the_two_readmes_say_the_same() -> None:
+    english, chinese = READMES
+    assert commands(english) == commands(chinese)
+    figures = [re.findall(r"\d+\.\d+ ?%|\d+\.\d+ GB", (ROOT / readme).read_text("utf-8")) for readme in READMES]
+    assert figures[0] == figures[1]

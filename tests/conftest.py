@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,10 @@ TINY = (
     *("--test_fraction", "0.7", "--val_fraction", "0.5"),
 )
 """269 training pictures of digits and a model that takes milliseconds a step."""
+
+
+MATMUL: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue] - it is there
+STOCK_PRECISION, THREADS = MATMUL.fp32_precision, torch.get_num_threads()
 
 
 @dataclass(frozen=True)
@@ -41,14 +46,13 @@ class Trained:
 
 @contextmanager
 def isolated(cache: Path) -> Iterator[None]:
-    """A cache of its own; torch's global settings as they were."""
-    matmul = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue] - it is there
-    precision, threads = matmul.fp32_precision, torch.get_num_threads()
+    """A cache of its own, and torch's global settings as they are in a fresh process."""
     with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng(devices=[]):
         patch.setenv("DIFFMOE_CACHE", str(cache))
+        MATMUL.fp32_precision = STOCK_PRECISION
         yield
-    matmul.fp32_precision = precision
-    torch.set_num_threads(threads)
+    MATMUL.fp32_precision = STOCK_PRECISION
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +84,8 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
     def call(*argv: object) -> Result:
         capsys.readouterr()
         code = main([str(word) for word in argv])
-        return Result(code, *capsys.readouterr())
+        out, err = capsys.readouterr()
+        return Result(code, out, err)
 
     return call
 

@@ -104,8 +104,8 @@ class TestRecipes:
         routed, dense = (build(recipe(dataset, name))["ModelConfig"] for name in (size, f"{size}-dense"))
         assert dense == dataclasses.replace(routed, dense=True)
         # A token meets top_k experts of int(e * D) hidden units, or one of int(top_k * e * D): no rounding between.
-        hidden = int(routed.expansion_factor * routed.embed_dim)
-        assert int(dense.top_k * dense.expansion_factor * dense.embed_dim) == routed.top_k * hidden
+        hidden = round(routed.expansion_factor * routed.embed_dim)
+        assert round(dense.top_k * dense.expansion_factor * dense.embed_dim) == routed.top_k * hidden
 
     def test_dense_alone_is_the_base(self):
         assert recipe("cifar10", "dense") == recipe("cifar10", "base-dense")
@@ -145,7 +145,7 @@ IMPOSSIBLE: list[tuple[type, str, Any, str]] = [
     (ModelConfig, "dropout", -0.1, "from 0"),
     (ModelConfig, "dropout", math.nan, "from 0"),
     (ModelConfig, "expansion_factor", 0, "over 0"),
-    (ModelConfig, "expansion_factor", 0.001, "over 0|at least|hidden"),  # 512 * 0.001: no hidden unit
+    (ModelConfig, "expansion_factor", 0.0005, "over 0|at least|hidden"),  # 512 * 0.0005 = 0.256: no hidden unit
     (ModelConfig, "expansion_factor", math.inf, "finite|over 0"),
     (ModelConfig, "layer_norm_eps", 0.0, "over 0"),
     (ModelConfig, "num_modality_specific_experts", 3, "0, 1 or 2"),

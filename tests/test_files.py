@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffmoe import checkpoint
 from diffmoe.config import UserError
 from diffmoe.files import check_writable, write_atomically
 
@@ -49,9 +50,9 @@ def test_what_cannot_be_written_is_one_line(tmp_path, write):
     assert (tmp_path / "file").read_text() == "in the way"
 
 
-def test_check_writable_leaves_an_empty_folder(tmp_path):
-    check_writable(tmp_path / "new")
-    assert list((tmp_path / "new").iterdir()) == []
+def test_check_writable_makes_nothing(tmp_path):
+    check_writable(tmp_path / "new" / "deeper")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_is_one_line_and_the_old_file_stays(tmp_path):
@@ -61,7 +62,7 @@ def test_a_full_disk_is_one_line_and_the_old_file_stays(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # stands in for the disk
     try:
         with pytest.raises(UserError, match=r"model\.pth cannot be written"):
-            write_atomically(path, lambda unfinished: torch.save(torch.zeros(10_000), unfinished))
+            checkpoint.write(path, {"weights": torch.zeros(10_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_text() == "old"

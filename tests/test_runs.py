@@ -38,7 +38,7 @@ class TestMetrics:
         assert metrics.keys() >= TRAINING_KEYS
         assert (metrics["dataset"], metrics["mode"], metrics["seed"]) == ("digits", "train", 0)
         assert (metrics["epochs"], metrics["steps"]) == (2, 10)  # 269 pictures in batches of 64: 5 steps an epoch
-        assert metrics["images_per_second"] == pytest.approx(2 * 269 / metrics["train_seconds"])
+        assert metrics["images_per_second"] == pytest.approx(2 * 269 / metrics["train_seconds"], rel=1e-4)
         assert 0 < metrics["parameters_active"] < metrics["parameters_total"]
         assert 0 <= metrics["val_accuracy"] <= 1
 
@@ -76,7 +76,7 @@ class TestHistory:
         rows = list(csv.DictReader((trained.save_dir / "digits" / "history.csv").read_text().splitlines()))
         assert [row["epoch"] for row in rows] == ["1", "2"]
         best = max(float(row["val_accuracy"]) for row in rows)
-        assert best == read_metrics(trained.save_dir)["val_accuracy"]
+        assert read_metrics(trained.save_dir)["val_accuracy"] == pytest.approx(best, abs=1e-6)
 
 
 class TestTensorBoard:

@@ -205,10 +205,12 @@ WRONG_YAML = {
     "lr: fast": "lr is 'fast': it must be a number",
     "lr: [1, 2]": "lr is",
     "epochs: true": "epochs is 'True': it must be a whole number",
-    "save_dir: 3": "save_dir is '3': it must be text",
+    "save_dir: 3": "it must be text",
     "data_dir: [a]": "data_dir is",
     "preset: {a: 1}": "preset is",
-    "lr:": "lr is 'None': it must be a number",
+    "lr:": "lr is ",
+    "epochs: 2024-01-01": "epochs is ",  # a date, to YAML
+    "epochs: .nan": "epochs is ",
     "lr: [": "is not valid YAML",
     "- lr": "must be a mapping",
 }

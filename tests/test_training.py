@@ -418,7 +418,7 @@ class TestExactResume:
         assert results[0].err == f"stopped by SIGTERM, saved in {last}: the same command with --resume goes on\n"
         assert_same_run(tmp_path, in_one_go)
 
-    @pytest.mark.parametrize(("name", "call"), [("_validate", 3), ("save_model", 2), ("save_run", 2), ("save_run", 3)])
+    @pytest.mark.parametrize(("name", "call"), [("_validate", 3), ("save_run", 2), ("save_run", 3)])
     def test_after_a_crash(self, monkeypatch, cli, tiny_flags, in_one_go, tmp_path, name, call):
         flags = [*tiny_flags, *ALL_RANDOMNESS, "--save_dir", tmp_path]
         with monkeypatch.context() as patch:

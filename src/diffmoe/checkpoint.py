@@ -7,7 +7,9 @@ in it is refused.
 from __future__ import annotations
 
 import dataclasses
+import io
 import pickle
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +55,14 @@ def save_model(path: Path, model: ImageClassifier, data: DataInfo) -> None:
         "data": dataclasses.asdict(data),
         "state_dict": model.state_dict(),
     }
-    write_atomically(path, lambda temporary: torch.save(content, temporary))
+    write(path, content)
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Save atomically. Through memory: torch reports a full disk as a failure of its own."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomically(path, lambda unfinished: unfinished.write_bytes(buffer.getbuffer()))
 
 
 def read(path: str | Path, kind: str) -> dict[str, Any]:
@@ -64,28 +73,32 @@ def read(path: str | Path, kind: str) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist")
+    # Only torch's zip files are ours: nothing else is unpickled at all, not even warily.
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"checkpoint {path} is truncated or is not a checkpoint")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"checkpoint {path} is refused: it holds code, not only tensors") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, ImportError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise UserError(f"checkpoint {path} is truncated or is not a checkpoint") from error
     found = content.get("format") if isinstance(content, dict) else None
-    if found != kind:
-        raise UserError(f"checkpoint {path} is not a {kind} file but {found or 'something else'}")
+    if not isinstance(found, str) or found != kind:
+        was = found if isinstance(found, str) else "something else"
+        raise UserError(f"checkpoint {path} is not a {kind} file but {was}")
     return content
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """A model file, on the CPU and in evaluation mode. Raises `UserError` naming the path and what is wrong with it."""
     content = read(path, MODEL_FORMAT)
-    state: dict[str, torch.Tensor] = content["state_dict"]
     try:
+        state: dict[str, torch.Tensor] = content["state_dict"]
         config = ModelConfig(**content["model_config"])
         data = DataInfo(**content["data"])
         model = ImageClassifier(config, state.get("class_tokens"), state.get("class_mask"))
         model.load_state_dict(state)
-    except (TypeError, RuntimeError, ValueError) as error:
+    except (TypeError, RuntimeError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"checkpoint {path} does not fit this version: {' '.join(str(error).split())[:200]}") from error
     return Checkpoint(model.eval(), data)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -48,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"diffmoe: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("diffmoe: stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 def dispatch(argv: list[str]) -> int:

@@ -18,6 +18,7 @@ from diffmoe import evaluation
 from diffmoe.checkpoint import DataInfo, load_checkpoint, save_model
 from diffmoe.config import DataConfig, ModelConfig, UserError, dataset_name
 from diffmoe.data import (
+    VOCAB_SIZE,
     Augmentation,
     Batches,
     ImageDataset,
@@ -44,31 +45,58 @@ HOUR = 3600
 
 def run(settings: Settings) -> int:
     """Train, test, or both; returns the exit code."""
+    pick_device(settings.run.device)
+    if settings.mode != "train":
+        check_writable(_pictures_folder(settings))
     check_dataset(settings.data)
     if settings.mode != "test":
         try:
-            train(settings)
+            is_first_process = train(settings)
         except StopRequested as stop:
             last = RunFiles(settings.data.dataset, settings.run.save_dir).last
             print(f"stopped by {stop}, saved in {last}: the same command with --resume goes on", file=sys.stderr)
             return 128 + stop.signal_number
+        finally:
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+        if not is_first_process:
+            return 0
     if settings.mode != "train":
         test(settings)
     return 0
 
 
-def train(settings: Settings) -> None:
-    """Train: writes the best model, what a resume needs, the history and the metrics."""
+def train(settings: Settings) -> bool:
+    """Train: writes the best model, what a resume needs, the history and the metrics.
+
+    Returns whether this is the first of the processes, the one that goes on to test.
+    """
     config, files = settings.training, RunFiles(settings.data.dataset, settings.run.save_dir)
     if settings.run.checkpoint is not None:
         raise UserError("checkpoint is for test: training writes <save_dir>/<dataset>_model.pth")
     files.check(settings.run)
+    if settings.model.vocab_size < VOCAB_SIZE:
+        raise UserError(f"vocab_size is {settings.model.vocab_size}: the tokenizer needs at least {VOCAB_SIZE}")
     fabric = make_fabric(settings.run)
     use_fast_matmul()
     keep_freed_memory()
     with fabric.rank_zero_first():  # the others find the cache that it made
         data = _load_data(settings.data, settings.model, show=fabric.is_global_zero)
     model_config = _with_classes(settings, data)
+    info = _data_info(data, settings.data)
+    train_batches = Batches(
+        data.train,
+        config.batch_size,
+        mean=info.mean,
+        std=info.std,
+        device=fabric.device,
+        shuffle=True,
+        seed=config.seed,
+        augment=Augmentation.from_config(settings.data),
+        rank=fabric.global_rank,
+        world_size=fabric.world_size,
+        num_workers=settings.data.num_workers,
+    )
     torch.manual_seed(config.seed)
     model = ImageClassifier(model_config, *_class_tokens(data, model_config.max_text_len))
     optimizer = make_optimizer(model, config)
@@ -86,7 +114,6 @@ def train(settings: Settings) -> None:
     elif fabric.is_global_zero:
         files.clear()
     _announce(fabric, settings, data, model)
-    info = _data_info(data, settings.data)
     validation = _batches(data.validation, info, EVALUATION_BATCH, fabric.device, settings.data.num_workers)
     writer = _EpochWriter(fabric, files, settings, model, progress)
     hooks = Hooks(
@@ -96,21 +123,9 @@ def train(settings: Settings) -> None:
         on_epoch=writer.write,
         on_estimate=lambda seconds: _warn_if_slow(fabric, settings, seconds),
     )
-    train_batches = Batches(
-        data.train,
-        config.batch_size,
-        mean=info.mean,
-        std=info.std,
-        device=fabric.device,
-        shuffle=True,
-        seed=config.seed,
-        augment=Augmentation.from_config(settings.data),
-        rank=fabric.global_rank,
-        world_size=fabric.world_size,
-        num_workers=settings.data.num_workers,
-    )
     fit(fabric, wrapped, wrapped_optimizer, train_batches, hooks, config, progress)
     fabric.print(f"best model: {files.model}   metrics: {files.metrics}")
+    return fabric.is_global_zero
 
 
 def test(settings: Settings) -> None:
@@ -119,9 +134,9 @@ def test(settings: Settings) -> None:
 
     files = RunFiles(settings.data.dataset, settings.run.save_dir)
     path = Path(settings.run.checkpoint or files.model)
-    pictures = Path(settings.visualization.output_dir) / dataset_name(settings.data.dataset)
-    for folder in (files.folder, pictures):
-        check_writable(folder)
+    pictures = _pictures_folder(settings)
+    check_writable(files.folder)
+    files.read_metrics()
     checkpoint = load_checkpoint(path)
     model, info = checkpoint.model, checkpoint.data
     _check_fits(settings, model.config, path)
@@ -182,6 +197,10 @@ def predict(images: Sequence[str], checkpoint_path: str, top: int, device: str) 
     return results
 
 
+def _pictures_folder(settings: Settings) -> Path:
+    return Path(settings.visualization.output_dir) / dataset_name(settings.data.dataset)
+
+
 def _load_data(config: DataConfig, model: ModelConfig, show: bool = True) -> ImageDataset:
     return load_dataset(config, img_size=model.img_size, in_channels=model.in_channels, progress=show)
 
@@ -227,6 +246,10 @@ def _predict(model: ImageClassifier, batches: Batches) -> evaluation.Predictions
 
 
 def _validate(fabric: Fabric, model: ImageClassifier, batches: Batches) -> Metrics:
+    if fabric.world_size > 1:
+        # BatchNorm's statistics are each rank's own: all take the first's, or they would disagree on when to stop.
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, src=0)
     with fabric.autocast():
         predictions = _predict(model, batches)
     right = predictions.predicted == predictions.labels

@@ -27,6 +27,10 @@ HUB_DATASETS = {
 """Sets with a name of their own here, and the hub repository that holds each."""
 
 
+MAX_SEED = 2**63 - 1
+"""The largest whole number that torch takes."""
+
+
 class UserError(ValueError):
     """A mistake of the user's, in one line: what is wrong and what would be right. The command line exits with 2."""
 
@@ -46,6 +50,12 @@ def _check_at_least(config: Any, minimum: float, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         _check(value >= minimum, name, value, f"at least {minimum}")
+
+
+def _check_at_most(config: Any, maximum: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _check(value <= maximum, name, value, f"at most {maximum}")
 
 
 def _check_fraction(config: Any, *names: str) -> None:
@@ -148,7 +158,9 @@ class ModelConfig:
         _check_at_least(self, 0, "fusion_layers", "initializer_range", "balance_bias_rate")
         _check_at_least(self, 3, "max_text_len")
         _check_fraction(self, "dropout")
-        _check(self.expansion_factor > 0, "expansion_factor", self.expansion_factor, "over 0")
+        _check(0 < self.expansion_factor < float("inf"), "expansion_factor", self.expansion_factor, "over 0 and finite")
+        hidden = round(self.expansion_factor * self.embed_dim)
+        _check(hidden >= 1, "expansion_factor", self.expansion_factor, "at least 1 / embed_dim: one hidden unit")
         _check(self.layer_norm_eps > 0, "layer_norm_eps", self.layer_norm_eps, "over 0")
         _check(
             0 <= self.num_modality_specific_experts <= 2,
@@ -224,6 +236,7 @@ class DataConfig:
         _check(self.val_fraction > 0, "val_fraction", self.val_fraction, "over 0")
         _check(self.test_fraction > 0, "test_fraction", self.test_fraction, "over 0")
         _check_at_least(self, 0, "crop_padding", "max_memory_gb", "num_workers", "split_seed")
+        _check_at_most(self, MAX_SEED, "split_seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,6 +271,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         _check_at_least(self, 1, "epochs", "batch_size", "accumulation_steps")
         _check_at_least(self, 0, "weight_decay", "clip_norm", "patience", "seed")
+        _check_at_most(self, MAX_SEED, "seed", "batch_size")
         _check(0 < self.lr < float("inf"), "lr", self.lr, "over 0 and finite")
         _check_fraction(self, "warmup_fraction", "label_smoothing")
         _check(0 <= self.final_lr_fraction <= 1, "final_lr_fraction", self.final_lr_fraction, "from 0 to 1")
@@ -279,7 +293,7 @@ class RunConfig:
     """Devices (processes) to train on."""
     strategy: Literal["auto", "ddp"] = "auto"
     """How several devices share the work; 'auto' is ddp where there are several."""
-    precision: Literal["auto", "32-true", "bf16-mixed", "bf16-true"] = "auto"
+    precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
     """Number format; 'auto' is bf16-mixed on a GPU that has it, else 32-true."""
     resume: bool = False
     """Go on from <save_dir>/<dataset>/last.ckpt."""
@@ -359,4 +373,4 @@ def recipe(dataset: str, preset: str | None = None) -> dict[str, Any]:
     if name not in known:
         raise UserError(f"preset is {name!r}: it must be one of {', '.join(known)}{nearest(name, known)}")
     size = "base" if name == "dense" else name.removesuffix("-dense")
-    return {**fields, **known[name], **by_preset.get(size, {})}
+    return {**known[name], **fields, **by_preset.get(size, {})}

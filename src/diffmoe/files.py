@@ -27,6 +27,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Make a folder. Raises `UserError` where it cannot be made or written."""
-    write_atomically(folder / ".writable", lambda path: path.touch())
-    (folder / ".writable").unlink()
+    """Raises `UserError` where files cannot be made in `folder`, which need not exist yet; makes nothing."""
+    standing = folder.absolute()
+    while not standing.exists():
+        standing = standing.parent
+    if not standing.is_dir():
+        raise UserError(f"{folder} cannot be written: {standing} is a file")
+    if not os.access(standing, os.W_OK | os.X_OK):
+        raise UserError(f"{folder} cannot be written: no permission for {standing}")

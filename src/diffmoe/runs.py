@@ -17,7 +17,7 @@ from lightning_fabric import Fabric
 from torch import nn
 from torch.optim import Optimizer
 
-from diffmoe.checkpoint import read
+from diffmoe.checkpoint import read, write
 from diffmoe.config import RunConfig, UserError, dataset_name
 from diffmoe.files import check_writable, write_atomically
 from diffmoe.training import Metrics, Progress
@@ -59,11 +59,22 @@ class RunFiles:
 
     def update_metrics(self, values: Mapping[str, Any]) -> None:
         """Merge into `metrics.json`, keeping what else is there."""
-        former = json.loads(self.metrics.read_text(encoding="utf-8")) if self.metrics.exists() else {}
         # Metrics are of float32: digits past the sixth are noise.
-        rounded = json.loads(json.dumps(values), parse_float=lambda digits: float(f"{float(digits):.6g}"))
-        text = json.dumps({**former, **rounded}, indent=2, ensure_ascii=False) + "\n"
+        rounded = json.loads(json.dumps(values), parse_float=lambda digits: round(float(digits), 6))
+        text = json.dumps({**self.read_metrics(), **rounded}, indent=2, ensure_ascii=False) + "\n"
         write_atomically(self.metrics, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def read_metrics(self) -> dict[str, Any]:
+        """What `metrics.json` holds; empty where there is none. Raises `UserError` where it is damaged."""
+        if not self.metrics.exists():
+            return {}
+        try:
+            found = json.loads(self.metrics.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{self.metrics} is not valid JSON: mend or remove it") from error
+        if not isinstance(found, dict):
+            raise UserError(f"{self.metrics} is not a JSON object: mend or remove it")
+        return found
 
     def write_history(self, rows: Iterable[Metrics]) -> None:
         """One line for each epoch."""
@@ -101,7 +112,7 @@ def save_run(
         "rng": fabric.all_gather(_rng_state(fabric)),
     }
     if fabric.is_global_zero:
-        write_atomically(path, lambda unfinished: torch.save(states, unfinished))
+        write(path, states)
     fabric.barrier()
 
 

@@ -6,11 +6,11 @@ Imports nothing heavy. Whatever is wrong comes out as one `UserError` line that 
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def build_parser(prog: str, mode: str | None) -> ArgumentParser:
     parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
     if mode is None:
         parser.add_argument("--mode", choices=MODES, default="train_test", help="What to do (default: train_test).")
-    parser.add_argument("--config", action="config", help="YAML file of fields; flags win over it.")
+    parser.add_argument("--config", help="YAML file of fields; flags win over it.")
     for group in ("data", "run", "training", "model", "visualization"):
         parser.add_class_arguments(GROUPS[group], nested_key=None)
     return parser
@@ -68,8 +68,9 @@ def build_parser(prog: str, mode: str | None) -> ArgumentParser:
 
 def parse_settings(argv: Sequence[str], prog: str = "diffmoe", mode: str | None = None) -> Settings:
     """Parse and check. Raises `UserError`; prints the help and raises SystemExit(0) for --help."""
-    argv = _bare_flags_are_true(argv)
-    given = _given(argv, with_mode=mode is None)
+    from_yaml, flags = _read_configs(argv, with_mode=mode is None)
+    argv = [*from_yaml, *_bare_flags_are_true(flags)]  # the last word wins
+    given = frozenset(word[2:].split("=")[0] for word in argv if word.startswith("--")) & set(FIELDS)
     parser = build_parser(prog, mode)
     first = _parse(parser, argv)  # tells the dataset and the preset, which bring defaults of their own
     parser.set_defaults(recipe(first.dataset, first.preset))
@@ -112,23 +113,32 @@ def _bare_flags_are_true(argv: Sequence[str]) -> list[str]:
     return out
 
 
-def _given(argv: Sequence[str], with_mode: bool) -> frozenset[str]:
-    """The fields named by flags and YAML files, after checking that each exists."""
-    extra = ("config", "help", "print_config", *(("mode",) if with_mode else ()))
-    flags = {word[2:].split("=")[0]: word for word in argv if word.startswith("--") and len(word) > 2}
-    for name in flags:
-        if name not in FIELDS and name not in extra:
-            raise UserError(f"unknown flag --{name}{nearest(name, [*FIELDS, *extra])}; --help lists all")
-    keys: set[str] = set()
-    for path in _config_paths(argv):
-        for key in read_yaml(path):
-            if key not in FIELDS and not (key == "mode" and with_mode):
-                raise UserError(f"{path}: unknown key {key!r}{nearest(str(key), FIELDS)}")
-            keys.add(key)
-    return frozenset(keys | (set(flags) & set(FIELDS)))
+def _read_configs(argv: Sequence[str], with_mode: bool) -> tuple[list[str], list[str]]:
+    """The YAML files' fields as flags, and the flags without --config. Checks that each name exists."""
+    extra = ("help", "print_config", *(("mode",) if with_mode else ()))
+    from_yaml: list[str] = []
+    flags: list[str] = []
+    words = iter(argv)
+    for word in words:
+        name, _, value = word.removeprefix("--").partition("=")
+        if word.startswith("--") and name == "config":
+            path = value or next(words, None)
+            if path is None:
+                raise UserError("--config: expected one argument")
+            from_yaml += _yaml_flags(Path(path), with_mode)
+            continue
+        if word.startswith("--") and name not in FIELDS and name not in extra:
+            raise UserError(f"unknown flag --{name}{nearest(name, [*FIELDS, *extra, 'config'])}; --help lists all")
+        flags.append(word)
+    return from_yaml, flags
 
 
-def _config_paths(argv: Sequence[str]) -> list[Path]:
-    paths = [word.split("=", 1)[1] for word in argv if word.startswith("--config=")]
-    paths += [value for flag, value in pairwise(argv) if flag == "--config"]
-    return [Path(path) for path in paths]
+def _yaml_flags(path: Path, with_mode: bool) -> list[str]:
+    flags = []
+    for key, value in read_yaml(path).items():
+        if key not in FIELDS and not (key == "mode" and with_mode):
+            raise UserError(f"{path}: unknown key {key!r}{nearest(str(key), FIELDS)}")
+        if key in FIELDS and str(FIELDS[key].type).startswith("str") and not isinstance(value, str | None):
+            raise UserError(f"{key} is {str(value)!r}: it must be text, in quotes in {path}")
+        flags.append(f"--{key}={value if isinstance(value, str) else json.dumps(value, default=str)}")
+    return flags

@@ -123,7 +123,8 @@ def train(settings: Settings) -> bool:
         on_epoch=writer.write,
         on_estimate=lambda seconds: _warn_if_slow(fabric, settings, seconds),
     )
-    fit(fabric, wrapped, wrapped_optimizer, train_batches, hooks, config, progress)
+    with writer:
+        fit(fabric, wrapped, wrapped_optimizer, train_batches, hooks, config, progress)
     fabric.print(f"best model: {files.model}   metrics: {files.metrics}")
     return fabric.is_global_zero
 
@@ -290,6 +291,13 @@ class _EpochWriter:
         # Events after the point where a resumed run starts are of a run that did not happen.
         self.events = SummaryWriter(files.folder, purge_step=progress.step + 1) if fabric.is_global_zero else None
 
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        if self.events is not None:
+            self.events.close()
+
     def write(self, progress: Progress) -> None:
         if self.events is None:
             return
@@ -301,7 +309,7 @@ class _EpochWriter:
         self.files.write_history(progress.history)
         self.files.update_metrics(
             {
-                "dataset": self.settings.data.dataset,
+                "dataset": dataset_name(self.settings.data.dataset),
                 "mode": self.settings.mode,
                 "seed": self.settings.training.seed,
                 "epochs": progress.epoch,

@@ -20,11 +20,12 @@ import torch
 from lightning_fabric import Fabric
 from PIL import Image
 
-from diffmoe.config import DataConfig, ModelConfig, TrainingConfig, recipe
+from diffmoe.config import DataConfig, ModelConfig, TrainingConfig
 from diffmoe.data import Augmentation, Batches, LazyImages, Split, load_dataset
 from diffmoe.data.folders import FilePictures
 from diffmoe.hardware import keep_freed_memory, use_fast_matmul
 from diffmoe.model.heads import ImageClassifier
+from diffmoe.recipes import recipe
 from diffmoe.training import ClassificationObjective, make_optimizer, train_step
 
 

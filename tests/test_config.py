@@ -11,18 +11,16 @@ import pytest
 
 from diffmoe.config import (
     DataConfig,
+    GenerationConfig,
     ModelConfig,
     RunConfig,
     TrainingConfig,
     UserError,
     VisualizationConfig,
-    config_dir,
     dataset_name,
     nearest,
-    presets,
-    read_yaml,
-    recipe,
 )
+from diffmoe.recipes import config_dir, presets, read_yaml, recipe
 
 SPECIFIED = {
     "img_size": 28,
@@ -52,7 +50,12 @@ SPECIFIED = {
 }
 """The specification's table."""
 
-DEFAULTS = {"model": ModelConfig, "training": TrainingConfig, "visualization": VisualizationConfig}
+DEFAULTS = {
+    "model": ModelConfig,
+    "training": TrainingConfig,
+    "generation": GenerationConfig,
+    "visualization": VisualizationConfig,
+}
 RECIPES = [path.stem for path in sorted(config_dir().glob("*.yaml")) if path.stem not in ("presets", *DEFAULTS)]
 
 
@@ -127,7 +130,7 @@ class TestRecipes:
         (tmp_path / "presets.yaml").write_text("base: {}\ntiny: {dropout: 0.1, top_k: 1, lr: 0.1}\n")
         text = "preset: tiny\ndropout: 0.3\nlr: 0.3\npresets: {tiny: {lr: 0.4}}\n"
         (tmp_path / "digits.yaml").write_text(text)
-        monkeypatch.setattr("diffmoe.config.config_dir", lambda: tmp_path)
+        monkeypatch.setattr("diffmoe.recipes.config_dir", lambda: tmp_path)
         # top_k: the preset's; dropout: the recipe's, over the preset's; lr: the recipe's own for this preset.
         assert recipe("digits") == {"top_k": 1, "dropout": 0.3, "lr": 0.4}
 

@@ -19,7 +19,7 @@ SOURCES = ROOT / "src" / "diffmoe"
 # From left to right. A package is one part: its files may import each other, the parts of one layer may not.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("config",),
-    ("files",),
+    ("files", "recipes"),
     ("losses", "data"),
     ("settings",),
     ("model",),

@@ -8,12 +8,14 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
-from diffmoe.config import UserError, recipe
+from diffmoe.config import UserError
+from diffmoe.recipes import recipe
 from diffmoe.settings import FIELDS, GROUPS, Settings, parse_settings
 
 GROUP_OF = {name: group for group, config in GROUPS.items() for name in get_type_hints(config)}
 
 OTHER: dict[str, Any] = {
+    "sample_top_p": 0.5,
     "dataset": "cifar10",
     "preset": "small",
     "data_dir": "some where",

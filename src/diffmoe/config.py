@@ -1,4 +1,4 @@
-"""Every setting of the program, once: five frozen dataclasses whose field docstrings are the command line's help.
+"""Every setting of the program, once: six frozen dataclasses whose field docstrings are the command line's help.
 
 Layers, each over the one before: the defaults below, the preset (`configs/presets.yaml`), the dataset's recipe
 (`configs/<dataset>.yaml`), the user's own YAML (`--config`), the flags.
@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-EMBEDDED_DATASETS = ("digits",)
-"""Sets that need no download."""
+EMBEDDED_DATASETS = ("digits", "shapes")
+"""Sets that need no download: scikit-learn's digits, and captioned shapes that the program draws."""
 
 HUB_DATASETS = {
     "cifar10": "uoft-cs/cifar10",
     "fashion_mnist": "zalando-datasets/fashion_mnist",
+    "flickr8k": "jxie/flickr8k",
 }
 """Sets with a name of their own here, and the hub repository that holds each."""
 
@@ -211,7 +210,8 @@ class DataConfig:
     """The pictures: where they come from, how they are split and augmented."""
 
     dataset: str = "digits"
-    """digits, fashion_mnist, cifar10, a folder DIR/train/<class>/*.jpg, or a hub name such as owner/name."""
+    """digits, shapes, fashion_mnist, cifar10, flickr8k, a folder DIR/train/<class>/*.jpg or with a captions table,
+    or a hub name such as owner/name."""
     data_dir: str | None = None
     """Folder that holds <dataset>/*.parquet or <dataset>/train/<class>/*; without it the set comes from the hub."""
     val_fraction: float = 0.1
@@ -306,6 +306,34 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """How captions are written."""
+
+    decoding: Literal["greedy", "beam", "sample"] = "beam"
+    """'greedy' takes the likeliest token each time, 'beam' keeps the `beams` likeliest captions, 'sample' draws."""
+    beams: int = 4
+    """Captions that a beam search keeps."""
+    length_penalty: float = 1.0
+    """A finished beam's log-probability is divided by its length to this power: over 0 favours longer captions."""
+    no_repeat_ngram: int = 3
+    """No run of so many tokens comes twice in a caption; 0 is off."""
+    min_caption_len: int = 0
+    """A caption has at least so many tokens between its start and its end."""
+    temperature: float = 1.0
+    """With 'sample': logits are divided by it, so that under 1 is safer and over 1 more varied."""
+    sample_top_k: int = 0
+    """With 'sample': only the so many likeliest tokens are drawn; 0 is all."""
+    sample_top_p: float = 1.0
+    """With 'sample': only the likeliest tokens that have this much probability together are drawn; 1 is all."""
+
+    def __post_init__(self) -> None:
+        _check_at_least(self, 1, "beams")
+        _check_at_least(self, 0, "no_repeat_ngram", "min_caption_len", "sample_top_k", "length_penalty")
+        _check(0 < self.temperature < float("inf"), "temperature", self.temperature, "over 0 and finite")
+        _check(0 < self.sample_top_p <= 1, "sample_top_p", self.sample_top_p, "over 0 and at most 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class VisualizationConfig:
     """The pictures that a run draws."""
 
@@ -325,52 +353,6 @@ class VisualizationConfig:
         _check_at_least(self, 1, "examples", "weakest_classes")
 
 
-def config_dir() -> Path:
-    """The folder of recipes: inside the installed package, or at the root of a checkout."""
-    installed = Path(__file__).parent / "configs"
-    return installed if installed.is_dir() else Path(__file__).parents[2] / "configs"
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A flat YAML mapping. Raises `UserError` naming the file where it is missing or is not one."""
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, dict):
-        raise UserError(f"{path} must be a mapping such as 'lr: 0.001', not {type(loaded).__name__}")
-    return loaded
-
-
 def dataset_name(dataset: str) -> str:
     """The name that a set's files get: its own, or the last part of a path or hub name."""
     return Path(dataset).name or "data"
-
-
-def presets() -> dict[str, dict[str, Any]]:
-    """The model presets by name; every size comes with a `-dense` variant, and `dense` is `base-dense`."""
-    sizes = read_yaml(config_dir() / "presets.yaml")
-    dense = {f"{name}-dense": {**fields, "dense": True} for name, fields in sizes.items()}
-    return {**sizes, **dense, "dense": dense["base-dense"]}
-
-
-def recipe(dataset: str, preset: str | None = None) -> dict[str, Any]:
-    """The fields that differ from the defaults for a dataset and a preset (None: the dataset's own).
-
-    A recipe file holds the dataset's fields, `preset`, and under `presets` what goes with one preset there
-    (its epochs, its learning rate). Unknown sets use `configs/folder.yaml`.
-    """
-    path = config_dir() / f"{dataset_name(dataset)}.yaml"
-    fields = read_yaml(path if dataset in (*EMBEDDED_DATASETS, *HUB_DATASETS) else config_dir() / "folder.yaml")
-    by_preset = fields.pop("presets", {})
-    default_preset = fields.pop("preset", "base")
-    name = preset or default_preset
-    known = presets()
-    if name not in known:
-        raise UserError(f"preset is {name!r}: it must be one of {', '.join(known)}{nearest(name, known)}")
-    size = "base" if name == "dense" else name.removesuffix("-dense")
-    return {**known[name], **fields, **by_preset.get(size, {})}

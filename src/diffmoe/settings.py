@@ -18,21 +18,22 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from diffmoe.config import (
     DataConfig,
+    GenerationConfig,
     ModelConfig,
     RunConfig,
     TrainingConfig,
     UserError,
     VisualizationConfig,
     nearest,
-    read_yaml,
-    recipe,
 )
+from diffmoe.recipes import read_yaml, recipe
 
 GROUPS = {
     "data": DataConfig,
     "model": ModelConfig,
     "training": TrainingConfig,
     "run": RunConfig,
+    "generation": GenerationConfig,
     "visualization": VisualizationConfig,
 }
 FIELDS = {field.name: field for group in GROUPS.values() for field in dataclasses.fields(group)}
@@ -48,6 +49,7 @@ class Settings:
     model: ModelConfig
     training: TrainingConfig
     run: RunConfig
+    generation: GenerationConfig
     visualization: VisualizationConfig
     given: frozenset[str] = frozenset()
     """The fields that the user set, by flag or YAML."""
@@ -61,7 +63,7 @@ def build_parser(prog: str, mode: str | None) -> ArgumentParser:
     if mode is None:
         parser.add_argument("--mode", choices=MODES, default="train_test", help="What to do (default: train_test).")
     parser.add_argument("--config", help="YAML file of fields; flags win over it.")
-    for group in ("data", "run", "training", "model", "visualization"):
+    for group in ("data", "run", "training", "model", "generation", "visualization"):
         parser.add_class_arguments(GROUPS[group], nested_key=None)
     return parser
 

@@ -113,6 +113,8 @@ class ModelConfig:
     """Standard deviation of the initial weights."""
     use_gradient_checkpointing: bool = True
     """Recompute each block in the backward pass: less memory, about a third more time."""
+    expert_backend: Literal["auto", "sorted", "padded", "grouped", "masked"] = "auto"
+    """How tokens get to their routed experts; 'auto' is the fastest by device, number format and number of tokens."""
     attention: Literal["auto", "explicit", "fused"] = "auto"
     """Attention kernel: 'explicit' softmax, torch's 'fused' one, or 'auto', by device."""
     vocab_size: int = 50000

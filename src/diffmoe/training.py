@@ -176,7 +176,10 @@ def fit(
                 started = time.perf_counter()
                 while window := list(itertools.islice(batches, config.accumulation_steps)):
                     rate = learning_rate(progress.step, total_steps, config)
-                    sums = train_step(fabric, objective, optimizer, window, rate, config.clip_norm)
+                    try:
+                        sums = train_step(fabric, objective, optimizer, window, rate, config.clip_norm)
+                    except FloatingPointError as error:  # the router met what is not a number
+                        raise _diverged(math.nan, progress.step) from error
                     now = time.perf_counter()
                     _advance(progress, sums, fabric.world_size, now - started)
                     started = now
@@ -260,8 +263,12 @@ def _finish_epoch(progress: Progress, rate: float, validation: Metrics, monitor:
 def _finite_means(progress: Progress) -> Metrics:
     means = progress.means()
     if not math.isfinite(means["loss"]):
-        raise UserError(f"the loss is {means['loss']} at step {progress.step}: lower --lr or raise --warmup_fraction")
+        raise _diverged(means["loss"], progress.step)
     return means
+
+
+def _diverged(loss: float, step: int) -> UserError:
+    return UserError(f"the loss is {loss} at step {step}: lower --lr or raise --warmup_fraction")
 
 
 def _is_stale(progress: Progress, config: TrainingConfig) -> bool:

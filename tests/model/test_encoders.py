@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diffmoe.config import ModelConfig
-from diffmoe.model import moe
+from diffmoe.model import dispatch
 from diffmoe.model.encoders import CrossModalFusion, Encoded, ImageEncoder, Place, TextEncoder, UnifiedModalEncoder
 from diffmoe.model.layers import Expert
 from diffmoe.model.moe import GeneralExperts
@@ -118,7 +118,7 @@ def test_no_token_sees_the_future_to_the_last_bit(
 ) -> None:
     # Whatever the changed tokens' experts: an expert that gets another number of rows must round alike. Weights large
     # enough that no residual hides the last bit.
-    monkeypatch.setattr(moe, "FEW_SLOTS", few_slots)
+    monkeypatch.setattr(dispatch, "FEW_SLOTS", few_slots)
     stack = seeded(kind, config(embed_dim=WIDE, top_k=top_k))
     init_weights(stack, 0.2)
     for seed in range(5):

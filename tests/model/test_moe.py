@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import log, sqrt
 
 import pytest
@@ -12,24 +11,25 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from diffmoe.model import moe
-from diffmoe.model.moe import AttentiveRouter, ExpertWeights, GeneralExperts, Routing, padded_experts, sorted_experts
+from diffmoe.model import dispatch, moe
+from diffmoe.model.dispatch import BACKENDS, ExpertWeights, sorted_experts, why_not
+from diffmoe.model.moe import AttentiveRouter, GeneralExperts, Routing
 
 WIDTH = 6
 few = settings(deadline=None, max_examples=25)
 seeds = st.integers(0, 10**6)
-Backend = Callable[[Tensor, Tensor, Tensor, ExpertWeights, str, float], Tensor]
-BACKENDS: dict[str, Backend] = {"sorted": sorted_experts, "padded": padded_experts}
+EXACT = [name for name in BACKENDS if name != "grouped"]
+"""The backends that run in float64; grouped_mm takes float32 at most, and has a test of its own."""
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=EXACT)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every pool of the test runs through this backend, however many tokens it gets."""
-    monkeypatch.setattr(moe, "FEW_SLOTS", {"sorted": -1, "padded": 10**9}[request.param])
+    monkeypatch.setattr(moe, "choose_backend", lambda *_: request.param)
     return request.param
 
 
@@ -172,7 +172,7 @@ def test_the_balance_bias_evens_the_load_out() -> None:
     assert after.max() < 120  # 100 each would be even
 
 
-# --- Dispatch: both backends, called directly ---
+# --- Dispatch: the backends, called directly ---
 
 
 @st.composite
@@ -184,7 +184,7 @@ def dispatches(draw: st.DrawFn) -> tuple[int, int, int, list[int], bool, int]:
     return draw(st.integers(1, 12)), num_experts, top_k, list(used), draw(st.booleans()), draw(seeds)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", EXACT)
 @few
 @given(case=dispatches())
 @example(case=(7, 4, 1, [2], False, 0))  # all tokens to one expert, three empty
@@ -215,7 +215,7 @@ def test_dispatch_is_the_gated_sum_with_all_its_gradients(
         torch.testing.assert_close(grad, expected_grad)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", EXACT)
 def test_padding_alone_comes_out_as_zeros(name: str) -> None:
     weights, nowhere = weights_of(make_pool()), torch.full((3, 2), 4)
     y = BACKENDS[name](randn(3, WIDTH), nowhere, torch.zeros(3, 2, dtype=torch.float64), weights, "gelu", 0.0)
@@ -230,10 +230,100 @@ def test_rounding_the_rows_up_changes_nothing(monkeypatch: pytest.MonkeyPatch) -
     expected = by_definition(x, ids, gates, weights)
     expected_grads = torch.autograd.grad(expected.square().sum(), (x, *weights))
     for multiple in (1, 2, 8, 64):
-        monkeypatch.setattr(moe, "_row_multiple", lambda slots, experts, multiple=multiple: multiple)
+        monkeypatch.setattr(dispatch, "_row_multiple", lambda slots, experts, multiple=multiple: multiple)
         y = sorted_experts(x, ids, gates, weights, "gelu", 0.0)
         torch.testing.assert_close(y, expected)
         torch.testing.assert_close(torch.autograd.grad(y.square().sum(), (x, *weights)), expected_grads)
+
+
+def test_grouped_experts_are_the_gated_sum_with_all_its_gradients() -> None:
+    # Widths of a multiple of 16 bytes, an empty expert, padding; grouped_mm sums in another order.
+    pool = GeneralExperts(8, 4, 2, expansion_factor=2)
+    with torch.no_grad():
+        for number, parameter in enumerate(pool.parameters()):
+            parameter.copy_(randn(*parameter.shape, seed=number))
+    weights = weights_of(pool)
+    ids = torch.tensor([[0, 1], [3, 0], [4, 4], [1, 3]] * 20)
+    gates = randn(80, 2, seed=1).float().masked_fill(ids == 4, 0).requires_grad_()
+    x = randn(80, 8, seed=2).float().requires_grad_()
+    exact = [t.detach().double().requires_grad_() for t in (x, gates, *weights)]
+    expected = by_definition(exact[0], ids, exact[1], ExpertWeights(*exact[2:]))
+    y = BACKENDS["grouped"](x, ids, gates, weights, "gelu", 0.0)
+    close = {"rtol": 1e-4, "atol": 1e-4, "check_dtype": False}
+    torch.testing.assert_close(y, expected, **close)
+    probe = randn(80, 8, seed=3)
+    expected_grads = torch.autograd.grad((expected * probe).sum(), exact)
+    for grad, other in zip(torch.autograd.grad((y * probe).sum(), (x, gates, *weights)), expected_grads, strict=True):
+        if grad.shape == ids.shape:  # the router masks the gates of padding, and with them what comes back here
+            grad = grad.masked_fill(ids == 4, 0)
+        torch.testing.assert_close(grad, other, **close)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu", "silu"])
+def test_the_backward_by_hand_is_autograds(activation: str) -> None:
+    pool, x, scale = make_pool(), randn(32, WIDTH).requires_grad_(), 1.0 + (randn(32, 12, seed=5) > 0)
+    inputs = (x, *weights_of(pool))
+
+    def run(x: Tensor, *weights: Tensor) -> Tensor:
+        return dispatch._RunExperts.apply(x, [8, 0, 3, 5, 16], activation, scale, *weights)
+
+    assert torch.autograd.gradcheck(run, inputs)
+
+
+@pytest.mark.parametrize("backend", ["sorted", "padded", "masked"])
+def test_autocast_computes_in_bfloat16(backend: str) -> None:
+    pool, x = GeneralExperts(16, 4, 2, backend=backend), torch.randn(300, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = pool(x)[0]
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), pool(x)[0], rtol=0.05, atol=0.002)
+
+
+def test_a_graph_for_export_holds_no_shape_that_depends_on_the_data() -> None:
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pool = GeneralExperts(8, 4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.pool(x)[0]
+
+    layer, x = Layer().eval(), torch.randn(9, 8)
+    program = torch.export.export(layer, (x,))
+    torch.testing.assert_close(program.module()(x), layer(x))
+    assert not {str(node.target) for node in program.graph.nodes} & {
+        "aten.sort.stable",
+        "aten._local_scalar_dense.default",
+    }
+
+
+def test_an_unknown_backend_is_named_with_those_there_are() -> None:
+    with pytest.raises(ValueError, match=r"backend is 'fast': .* auto or one of sorted, padded, grouped, masked"):
+        GeneralExperts(8, 4, 2, backend="fast")
+
+
+def test_a_backend_that_cannot_run_says_why_and_which_can() -> None:
+    pool = GeneralExperts(8, 4, 2, backend="grouped").double()
+    with pytest.raises(ValueError, match=r"'grouped' cannot run here: .*float64; sorted, padded, masked and auto can"):
+        pool(torch.randn(3, 8, dtype=torch.float64))
+    odd = GeneralExperts(6, 4, 2, backend="grouped")
+    with pytest.raises(ValueError, match="multiple of 16 bytes, which 6 of"):
+        odd(torch.randn(3, 6))
+    assert why_not("grouped", torch.randn(3, 8), weights_of(GeneralExperts(8, 4, 2))) is None
+
+
+def test_what_does_not_fit_is_named() -> None:
+    pool = GeneralExperts(8, 4, 2)
+    with pytest.raises(ValueError, match=r"x is torch.float32 of shape \(3, 7\): it must be floating and \(..., 8\)"):
+        pool(torch.randn(3, 7))
+    with pytest.raises(ValueError, match=r"x is torch\.int64"):
+        pool(torch.zeros(3, 8, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"mask is of shape \(2,\): it must be \(3,\)"):
+        pool(torch.randn(3, 8), torch.ones(2))
+    with pytest.raises(FloatingPointError, match="gates are not finite"):
+        pool(torch.full((3, 8), torch.nan))
+    with pytest.raises(ValueError, match=r"\(3, 2\) and gates of shape \(3, 1\) do not fit 3 tokens"):
+        pool.dispatch(torch.randn(3, 8), torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 1))
 
 
 # --- Pool ---

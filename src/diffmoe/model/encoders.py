@@ -76,6 +76,7 @@ class UnifiedModalEncoder(nn.Module):
                 config.top_k,
                 config.expansion_factor,
                 router_noise=config.router_noise,
+                backend=config.expert_backend,
                 **shared,
             )
 

@@ -1,19 +1,19 @@
-"""The routed pool of general experts: who goes where (router), getting there and back (dispatch), the experts.
+"""The routed pool of general experts: who goes where (the router), and the experts; `dispatch` gets them there.
 
-Shapes: T tokens, D width, R router width, E experts, K experts chosen for a token, F hidden width of an expert,
-P rows of the sorted buffer (T * K slots, and padding between experts); `...` any leading token axes.
+Shapes: T tokens, D width, E experts, K experts chosen for a token, F hidden width of an expert; `...` any leading
+token axes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffmoe.model.layers import ACTIVATIONS
+from diffmoe.config import UserError
+from diffmoe.model.dispatch import BACKENDS, ExpertWeights, choose_backend, why_not
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,9 @@ class AttentiveRouter(nn.Module):
         """
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
-            query = F.linear(x, self.query.weight.to(x))
-            logits = query @ self.keys.to(x).T * self.keys.shape[1] ** -0.5
+            # (x Wq) keys' = x (keys Wq)': the queries themselves are never needed, and E rows are fewer than theirs.
+            scorer = self.keys.to(x) @ self.query.weight.to(x) * self.keys.shape[1] ** -0.5
+            logits = F.linear(x, scorer)
             if self.noise is not None and self.training:
                 spread = F.softplus(F.linear(x, self.noise.weight.to(x)))
                 logits = logits + torch.randn_like(logits) * spread
@@ -113,17 +114,6 @@ class AttentiveRouter(nn.Module):
         self.balance_bias += rate * (load.mean() - load).sign()
 
 
-class ExpertWeights(NamedTuple):
-    """The stacked parameters of E experts: LayerNorm gain and bias (E, D), then the two Linear layers."""
-
-    gain: Tensor
-    shift: Tensor
-    fc1_weight: Tensor
-    fc1_bias: Tensor
-    fc2_weight: Tensor
-    fc2_bias: Tensor
-
-
 class GeneralExperts(nn.Module):
     """The routed pool alone: `y, routing = pool(x)` with y = sum over a token's chosen experts of gate * expert(x).
 
@@ -139,6 +129,7 @@ class GeneralExperts(nn.Module):
         dropout: probability, after the activation and at the end.
         layer_norm_eps: epsilon of the experts' LayerNorms.
         router_noise: learned noise on the router's scores in training.
+        backend: how tokens get to their experts, a name of `dispatch.BACKENDS`; "auto" is the fastest here.
     """
 
     def __init__(
@@ -151,9 +142,13 @@ class GeneralExperts(nn.Module):
         dropout: float = 0.0,
         layer_norm_eps: float = 1e-5,
         router_noise: bool = False,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
+        if backend != "auto" and backend not in BACKENDS:
+            raise ValueError(f"backend is {backend!r}: it must be auto or one of {', '.join(BACKENDS)}")
         hidden = round(expansion_factor * embed_dim)
+        self.backend = backend
         self.embed_dim, self.activation, self.dropout, self.eps = embed_dim, activation, dropout, layer_norm_eps
         self.router = AttentiveRouter(embed_dim, num_experts, top_k, noise=router_noise)
         self.gain = nn.Parameter(torch.ones(num_experts, embed_dim))
@@ -170,7 +165,16 @@ class GeneralExperts(nn.Module):
         nn.init.normal_(self.fc2_weight, std=std)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Routing]:
-        """(..., D), and mask (...) with True or 1 at real tokens -> (..., D), and the `Routing`."""
+        """(..., D), and mask (...) with True or 1 at real tokens -> (..., D), and the `Routing`.
+
+        Raises `ValueError` where the shapes do not fit or `x` is not floating, and what `dispatch` raises.
+        """
+        if x.shape[-1] != self.embed_dim or not x.is_floating_point():
+            raise ValueError(
+                f"x is {x.dtype} of shape {tuple(x.shape)}: it must be floating and (..., {self.embed_dim})"
+            )
+        if mask is not None and mask.shape != x.shape[:-1]:
+            raise ValueError(f"mask is of shape {tuple(mask.shape)}: it must be {tuple(x.shape[:-1])}, as x without D")
         # The experts' LayerNorms differ in gain and bias only: normalise once, before the tokens are copied K times.
         x_normed = F.layer_norm(x, (self.embed_dim,), eps=self.eps)
         routing = self.router(x_normed, mask)
@@ -178,143 +182,37 @@ class GeneralExperts(nn.Module):
         y_TD = self.dispatch(
             x_normed.reshape(-1, self.embed_dim),
             routing.expert_ids.reshape(-1, top_k),
-            routing.gates.reshape(-1, top_k).to(x_normed.dtype),
+            routing.gates.reshape(-1, top_k),
         )
         return y_TD.view(x.shape), routing
 
     def dispatch(self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> Tensor:
-        """Send tokens to their experts and sum what comes back: (T, D), (T, K), (T, K) -> (T, D)."""
-        weights = ExpertWeights(self.gain, self.shift, self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias)
+        """Send tokens to the experts chosen for them, and weight what comes back: (T, D), (T, K), (T, K) -> (T, D).
+
+        In the dtype of autocast where that is on, else in that of `x_TD`. An expert id of E is no expert, gate 0.
+        Raises `ValueError` where shapes do not fit, `UserError` where the backend cannot run here, `FloatingPointError`
+        where a gate is not finite (checked on the CPU only: on a GPU it would wait for the device).
+        """
+        device = x_TD.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TD.dtype
+        x_TD, gates_TK = x_TD.to(dtype), gates_TK.to(dtype)
+        stacks = (self.gain, self.shift, self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias)
+        weights = ExpertWeights(*(stack.to(dtype) for stack in stacks))
+        if not torch.compiler.is_compiling():
+            _check_gates(expert_ids_TK, gates_TK, len(x_TD))
+        name = choose_backend(x_TD, expert_ids_TK.numel(), weights) if self.backend == "auto" else self.backend
+        if reason := why_not(name, x_TD, weights):
+            able = [other for other in BACKENDS if why_not(other, x_TD, weights) is None]
+            raise UserError(f"expert_backend {name!r} cannot run here: {reason}; {', '.join(able)} and auto can")
         dropout = self.dropout if self.training else 0.0
-        backend = padded_experts if expert_ids_TK.numel() <= FEW_SLOTS else sorted_experts
-        return backend(x_TD, expert_ids_TK, gates_TK, weights, self.activation, dropout)
+        return BACKENDS[name](x_TD, expert_ids_TK, gates_TK, weights, self.activation, dropout)
 
 
-FEW_SLOTS = 256
-"""Up to this many slots (tokens * K), one batched product over padded experts beats a product for each expert."""
-MIN_ROWS = 16
-"""An expert's rows are padded to a multiple of this: products of fewer rows take other kernels, which round otherwise,
-and then a token's output would depend, in its last bits, on how many others its expert was given."""
-
-
-def sorted_experts(
-    x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, weights: ExpertWeights, activation: str, dropout: float
-) -> Tensor:
-    """Sort the slots by expert, run each expert on its own contiguous rows, gather back, weight, sum over K.
-
-    Each expert's rows are rounded up to a multiple of a power of two: oneDNN builds a kernel for every new shape, and
-    routing that changes at every step would otherwise bring new shapes at every step.
-    """
-    num_experts = weights.gain.shape[0]
-    source_P, slot_TK, rows = _sort_slots(expert_ids_TK, num_experts)
-    outputs = []
-    x_sorted = _Gather.apply(x_TD, source_P, slot_TK).split(rows)
-    for x_rD, *expert in zip(x_sorted[:-1], *(w.unbind(0) for w in weights), strict=True):
-        if len(x_rD):
-            outputs.append(_expert(x_rD, ExpertWeights(*expert), activation, dropout))
-    num_nowhere = rows[-1]
-    outputs.append(x_TD.new_zeros(num_nowhere, x_TD.shape[1], dtype=outputs[0].dtype if outputs else x_TD.dtype))
-    y_TKD = _GatherBack.apply(torch.cat(outputs), slot_TK)
-    return (gates_TK[:, None].to(y_TKD.dtype) @ y_TKD).squeeze(1)
-
-
-def _expert(x: Tensor, expert: ExpertWeights, activation: str, dropout: float) -> Tensor:
-    """One expert on its rows, the LayerNorm's gain and bias included: (rows, D) -> (rows, D)."""
-    hidden = F.linear(torch.addcmul(expert.shift, x, expert.gain), expert.fc1_weight, expert.fc1_bias)
-    hidden = ACTIVATIONS[activation](hidden)
-    if dropout > 0:
-        hidden = F.dropout(hidden, dropout)
-    out = F.linear(hidden, expert.fc2_weight, expert.fc2_bias)
-    return F.dropout(out, dropout) if dropout > 0 else out
-
-
-def _sort_slots(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, list[int]]:
-    """Where each row of the sorted buffer comes from, where each slot went, and each expert's rows.
-
-    Returns:
-        (P,) the token of each row (padding rows hold token 0 and are never gathered back); (T, K) the row of each
-        slot; E + 1 row counts, the last one for the slots that go nowhere (expert id E).
-    """
-    num_slots = expert_ids_TK.numel()
-    ids_S = expert_ids_TK.flatten()
-    order_S = ids_S.argsort(stable=True)
-    count_E = torch.bincount(ids_S, minlength=num_experts + 1)
-    multiple = _row_multiple(num_slots, num_experts)
-    row_count_E = (count_E + multiple - 1) // multiple * multiple
-    # A slot moves down by the padding of all experts before its own.
-    padding_before_E = (row_count_E - count_E).cumsum(0) - (row_count_E - count_E)
-    row_S = torch.arange(num_slots, device=ids_S.device) + padding_before_E[ids_S[order_S]]
-    rows = row_count_E.tolist()  # the one synchronisation with the device
-    source_P = ids_S.new_zeros(sum(rows)).index_copy_(0, row_S, order_S // expert_ids_TK.shape[1])
-    slot_S = torch.empty_like(row_S).index_copy_(0, order_S, row_S)
-    return source_P, slot_S.view_as(expert_ids_TK), rows
-
-
-def _row_multiple(num_slots: int, num_experts: int) -> int:
-    """A power of two from MIN_ROWS to 256 that pads an average expert's rows by about a sixteenth."""
-    eighth = num_slots // (8 * num_experts)  # of an average expert's rows; rounding up adds half of it on average
-    return min(256, max(MIN_ROWS, (1 << eighth.bit_length()) >> 1))
-
-
-class _Gather(torch.autograd.Function):
-    """x_TD[source_P]. Each token is taken K times, at known rows, so its gradient is a gather and a sum over K:
-    many times faster on a CPU than the scattered additions that indexing would do.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, source_P: Tensor, slot_TK: Tensor) -> Tensor:
-        ctx.save_for_backward(slot_TK)
-        return x_TD.index_select(0, source_P)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (slot_TK,) = ctx.saved_tensors
-        return _take(grads[0], slot_TK).sum(1), None, None
-
-
-class _GatherBack(torch.autograd.Function):
-    """y_PD[slot_TK]. No row is taken twice, so its gradient is a plain copy; rows never taken get zero."""
-
-    @staticmethod
-    def forward(ctx: Any, y_PD: Tensor, slot_TK: Tensor) -> Tensor:
-        ctx.save_for_backward(slot_TK)
-        ctx.num_rows = len(y_PD)
-        return _take(y_PD, slot_TK)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (slot_TK,) = ctx.saved_tensors
-        grad_SD = grads[0].flatten(0, 1)
-        return grad_SD.new_zeros(ctx.num_rows, grad_SD.shape[1]).index_copy_(0, slot_TK.flatten(), grad_SD), None
-
-
-def _take(rows_PD: Tensor, index_TK: Tensor) -> Tensor:
-    return rows_PD.index_select(0, index_TK.flatten()).unflatten(0, index_TK.shape)
-
-
-def padded_experts(
-    x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, weights: ExpertWeights, activation: str, dropout: float
-) -> Tensor:
-    """Pad every expert to the fullest one and run them all in one batched product: best for a handful of tokens."""
-    num_experts = weights.gain.shape[0]
-    ids_S = expert_ids_TK.flatten()
-    in_expert_SE = F.one_hot(ids_S, num_experts + 1)[:, :num_experts]
-    rank_S = (in_expert_SE.cumsum(0) * in_expert_SE).sum(-1) - 1  # a slot's place in its expert's queue; -1 nowhere
-    fullest = int(in_expert_SE.sum(0).max())
-    capacity = -(-fullest // MIN_ROWS) * MIN_ROWS
-    real_S = rank_S >= 0
-    cell_S = (ids_S * capacity + rank_S).masked_fill(~real_S, num_experts * capacity)  # nowhere: one cell past the end
-    x_SD = x_TD.repeat_interleave(expert_ids_TK.shape[1], 0)
-    x_ECD = x_TD.new_zeros(num_experts * capacity + 1, x_TD.shape[1]).index_copy(0, cell_S, x_SD)
-    x_ECD = x_ECD[:-1].unflatten(0, (num_experts, capacity))
-    hidden_ECF = torch.addcmul(weights.shift[:, None], x_ECD, weights.gain[:, None])
-    hidden_ECF = torch.baddbmm(weights.fc1_bias[:, None], hidden_ECF, weights.fc1_weight.mT)
-    hidden_ECF = ACTIVATIONS[activation](hidden_ECF)
-    if dropout > 0:
-        hidden_ECF = F.dropout(hidden_ECF, dropout)
-    y_ECD = torch.baddbmm(weights.fc2_bias[:, None], hidden_ECF, weights.fc2_weight.mT)
-    if dropout > 0:
-        y_ECD = F.dropout(y_ECD, dropout)
-    y_cells = F.pad(y_ECD.flatten(0, 1), (0, 0, 0, 1))
-    y_TKD = y_cells.index_select(0, cell_S).unflatten(0, expert_ids_TK.shape)
-    return (gates_TK[:, None].to(y_TKD.dtype) @ y_TKD).squeeze(1)
+def _check_gates(expert_ids_TK: Tensor, gates_TK: Tensor, num_tokens: int) -> None:
+    if expert_ids_TK.shape != gates_TK.shape or len(gates_TK) != num_tokens:
+        raise ValueError(
+            f"expert_ids of shape {tuple(expert_ids_TK.shape)} and gates of shape {tuple(gates_TK.shape)} "
+            f"do not fit {num_tokens} tokens: both must be (tokens, K)"
+        )
+    if gates_TK.device.type == "cpu" and not gates_TK.isfinite().all():
+        raise FloatingPointError("the router's gates are not finite: training diverged, or the input has nan or inf")

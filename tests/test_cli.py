@@ -18,8 +18,8 @@ import pytest
 import torch
 from PIL import Image
 
-from diffmoe import commands
 from diffmoe.cli import COMMANDS
+from diffmoe.commands import preparation, training
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -189,7 +189,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(line, cli, trained, drawn, tmp
         for number in range(12):
             shutil.copy(drawn[0], Path("pets", "train", name, f"{number}.png"))
     if "--num_devices" in line:
-        monkeypatch.setattr(commands, "make_fabric", two_devices)
+        monkeypatch.setattr(training, "make_fabric", two_devices)
     before = snapshot(tmp_path)
     names = {"{model}": str(trained.model), "{picture}": str(drawn[0])}
     result = cli(*(names.get(word, word) for word in line.split()), *([] if "predict" in line else ["--epochs", 1]))
@@ -227,7 +227,7 @@ def test_settings_and_checkpoints_are_checked_before_any_data_is_read(line, cli,
     def load_dataset(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("data was read")
 
-    monkeypatch.setattr(commands, "load_dataset", load_dataset)
+    monkeypatch.setattr(preparation, "load_dataset", load_dataset)
     assert cli(*line.replace("{model}", str(trained.model)).split()).code == 2
 
 
@@ -262,7 +262,7 @@ class TestRuns:
         assert {tensor.dtype for tensor in state.values()} == {torch.float32, torch.int64}
 
     def test_of_hours_on_a_cpu_names_a_smaller_preset(self, cli, tiny_flags, tmp_path, monkeypatch):
-        monkeypatch.setattr(commands, "HOUR", 1e-9)
+        monkeypatch.setattr(training, "HOUR", 1e-9)
         flags = [*tiny_flags, "--epochs", 1, "--batch_size", 12]  # 23 steps: the estimate comes after 20
         assert "--preset tiny is a smaller model" in cli("train", *flags, "--save_dir", tmp_path / "a").out
         quiet = cli("train", *flags, "--save_dir", tmp_path / "b", "--preset", "tiny").out
@@ -279,7 +279,7 @@ class TestRuns:
         def interrupted(*args: Any, **kwargs: Any) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(commands, "load_dataset", interrupted)
+        monkeypatch.setattr(preparation, "load_dataset", interrupted)
         try:
             result = cli("test", "--checkpoint", trained.model, "--save_dir", tmp_path, "--output_dir", tmp_path)
         except KeyboardInterrupt:
@@ -337,9 +337,10 @@ class TestProcesses:
 
 SPY = """
 import sys, torch
-from diffmoe import cli, commands
+from diffmoe import cli
+from diffmoe.commands import training
 
-save_run = commands.save_run
+save_run = training.save_run
 
 def spy(path, fabric, model, optimizer, progress, configs):
     validation = [(row["val_loss"], row["val_accuracy"]) for row in progress.history]
@@ -347,6 +348,6 @@ def spy(path, fabric, model, optimizer, progress, configs):
     torch.save(state, f"rank{fabric.global_rank}.pt")
     save_run(path, fabric, model, optimizer, progress, configs)
 
-commands.save_run = spy
+training.save_run = spy
 sys.exit(cli.main())
 """

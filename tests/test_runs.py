@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from diffmoe import commands
+from diffmoe.commands import classification, training
 from diffmoe.runs import RunFiles
 
 TRAINING_KEYS = {
@@ -89,7 +89,7 @@ class TestTensorBoard:
 
     def test_shows_a_resumed_run_once(self, cli, trained, tmp_path, monkeypatch):
         """A run that died after it wrote an epoch's events and before it saved: the epoch is run again."""
-        save_run, calls = commands.save_run, []
+        save_run, calls = training.save_run, []
 
         def die_the_second_time(*args: Any) -> None:
             calls.append(args)
@@ -98,7 +98,7 @@ class TestTensorBoard:
             save_run(*args)
 
         flags = [*trained.flags, "--save_dir", tmp_path]
-        monkeypatch.setattr(commands, "save_run", die_the_second_time)
+        monkeypatch.setattr(training, "save_run", die_the_second_time)
         with pytest.raises(KeyboardInterrupt):
             commands_train(flags)
         assert cli("train", *flags, "--resume").code == 0
@@ -111,7 +111,7 @@ def commands_train(flags: list[Any]) -> None:
     """Train below the command line, which makes an exit code of what is raised."""
     from diffmoe.settings import parse_settings
 
-    commands.train(parse_settings([str(flag) for flag in flags], mode="train"))
+    training.train(parse_settings([str(flag) for flag in flags], mode="train"), classification.prepare)
 
 
 class TestOverwriting:

@@ -17,7 +17,8 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from diffmoe import commands, training
+from diffmoe import training
+from diffmoe.commands import training as command
 from diffmoe.config import ModelConfig, TrainingConfig, UserError
 from diffmoe.model.heads import ImageClassifier
 from diffmoe.training import (
@@ -328,8 +329,8 @@ class Crash(Exception):  # noqa: N818 - the power fails
 
 
 def crash_at(monkeypatch: pytest.MonkeyPatch, name: str, call: int) -> None:
-    """Die as `commands.name` is called for the `call`-th time."""
-    original, count = getattr(commands, name), 0
+    """Die as `commands.training.name` is called for the `call`-th time."""
+    original, count = getattr(command, name), 0
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         nonlocal count
@@ -338,7 +339,7 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, name: str, call: int) -> None:
             raise Crash
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(commands, name, wrapper)
+    monkeypatch.setattr(command, name, wrapper)
 
 
 ALL_RANDOMNESS = [
@@ -405,7 +406,7 @@ class TestExactResume:
             (training, "train_step", [5]),  # in mid-epoch
             (training, "train_step", [2, 6, 7]),  # again and again; 7 is the first of the last epoch
             (training, "train_step", [9]),  # the very last
-            (commands, "_validate", [2]),
+            (command, "_validate", [2]),
         ],
         ids=lambda value: str(value) if isinstance(value, list) else getattr(value, "__name__", value),
     )

@@ -84,9 +84,9 @@ def predict(argv: list[str]) -> int:
     args = _parse_or_raise(parser, argv)
     if args.top < 1:
         raise UserError(f"top is {args.top}: it must be at least 1")
-    from diffmoe import commands
+    from diffmoe.commands.predict import predict as run
 
-    results = commands.predict(args.images, args.checkpoint, args.top, args.device)
+    results = run(args.images, args.checkpoint, args.top, args.device)
     if args.json:
         print(json.dumps(results, ensure_ascii=False, indent=2))
         return 0

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import csv
 import json
+import math
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from torch.optim import Optimizer
 from diffmoe.checkpoint import read, write
 from diffmoe.config import RunConfig, UserError, dataset_name
 from diffmoe.files import check_writable, write_atomically
+from diffmoe.settings import Settings
 from diffmoe.training import Metrics, Progress
 
 RUN_FORMAT = "diffmoe-run-1"
@@ -94,6 +97,65 @@ class RunFiles:
             return []
         with self.history.open(newline="", encoding="utf-8") as file:
             return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+class EpochWriter:
+    """After each epoch: history.csv, metrics.json, TensorBoard, and a line on the terminal.
+
+    Args:
+        files: the run's.
+        settings: the run's.
+        counts: parameters_total and parameters_active.
+        progress: where the run starts.
+        silent: write nothing (all processes but the first).
+    """
+
+    def __init__(
+        self, files: RunFiles, settings: Settings, counts: Mapping[str, Any], progress: Progress, silent: bool
+    ) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.files, self.settings, self.counts = files, settings, dict(counts)
+        # Events after the point where a resumed run starts are of a run that did not happen.
+        self.events = None if silent else SummaryWriter(files.folder, purge_step=progress.step + 1)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        if self.events is not None:
+            self.events.close()
+
+    def write(self, progress: Progress) -> None:
+        """Add the last row of `progress.history`."""
+        if self.events is None:
+            return
+        row = progress.history[-1]
+        for name, value in row.items():
+            if name not in ("epoch", "step"):
+                self.events.add_scalar(name, value, progress.step)
+        self.events.flush()
+        self.files.write_history(progress.history)
+        self.files.update_metrics(
+            {
+                "dataset": dataset_name(self.settings.data.dataset),
+                "mode": self.settings.mode,
+                "seed": self.settings.training.seed,
+                "epochs": progress.epoch,
+                "steps": progress.step,
+                "images_per_second": progress.pictures / progress.seconds,
+                "train_seconds": progress.seconds,
+                **self.counts,
+                "val_accuracy": progress.best,
+            }
+        )
+        left = progress.seconds / progress.epoch * (self.settings.training.epochs - progress.epoch)
+        print(
+            f"epoch {progress.epoch}/{self.settings.training.epochs}  loss {row['train_loss']:.3f}  "
+            f"train {row['train_accuracy']:.1%}  validation {row['val_accuracy']:.1%}  "
+            f"{row['images_per_second']:,.0f} images/s  {time.strftime('%H:%M:%S', time.gmtime(math.ceil(left)))} left",
+            flush=True,
+        )
 
 
 def save_run(

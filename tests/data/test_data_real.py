@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from diffmoe.config import DataConfig, UserError
+from diffmoe.config import DataConfig
 from diffmoe.data import LazyImages, check_dataset, class_descriptions
 from diffmoe.data.descriptions import CIFAR10, FASHION_MNIST
 from diffmoe.data.sources import find_source
+from diffmoe.data.tables import ParquetSource
 
 FOLDER = Path(__file__).parents[3] / "shared" / "data"
 
@@ -30,8 +31,9 @@ def test_rows_names_and_first_picture(
     dataset: str, column: str, rows: tuple[int, int], size: int, channels: int
 ) -> None:
     config = DataConfig(dataset=dataset, data_dir=str(FOLDER))
-    check_dataset(config)
+    assert check_dataset(config) == "classification"
     source = find_source(config)
+    assert isinstance(source, ParquetSource)
     assert len(source) == sum(rows)
     class_names, splits = source.read(in_memory=True)
     assert tuple(len(splits[name].labels) for name in ("train", "test")) == rows
@@ -50,6 +52,19 @@ def test_rows_names_and_first_picture(
     assert splits["train"].labels[0] == row["label"]
 
 
-def test_captions_are_not_classes() -> None:
-    with pytest.raises(UserError, match=r"flickr8k.*has the columns image, caption_0, .* and label"):
-        check_dataset(DataConfig(dataset="flickr8k", data_dir=str(FOLDER)))
+def test_flickr8k_is_the_official_split_with_five_captions_each() -> None:
+    config = DataConfig(dataset="flickr8k", data_dir=str(FOLDER))
+    assert check_dataset(config) == "captions"
+    source = find_source(config)
+    assert isinstance(source, ParquetSource)
+    splits = source.read_captions(in_memory=True)
+    assert {name: len(split.pictures) for name, split in splits.items()} == {
+        "train": 6000,
+        "validation": 1000,
+        "test": 1000,
+    }
+    assert all(len(texts) == 5 for split in splits.values() for texts in split.captions)
+    path = next((FOLDER / "flickr8k").glob("test-*.parquet"))
+    row = pq.read_table(path).slice(7, 1).to_pylist()[0]
+    assert splits["test"].captions[7] == tuple(row[f"caption_{number}"] for number in range(5))
+    assert splits["test"].pictures.read([7]) == [row["image"]["bytes"]]

@@ -97,7 +97,7 @@ def test_pictures_and_labels_must_be_as_many() -> None:
     ("name", "message"),
     [
         ("cifar1O", r"dataset is 'cifar1O' \(did you mean 'cifar10'\?\): it must be one of digits, "),
-        ("./nowhere", "a folder that exists, or a hub name such as owner/name"),
+        ("./nowhere", "a folder or a captions table that exists, or a hub name such as owner/name"),
     ],
 )
 def test_unknown_names(name: str, message: str) -> None:

@@ -152,6 +152,7 @@ def test_files_that_will_not_do(parquet_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"test-00000-of-00001\.parquet must be a Parquet file"):
         load(parquet_folder)
     (tmp_path / "captions").mkdir()
-    pq.write_table(pa.table({"image": [png(0)], "caption_0": ["a"]}), tmp_path / "captions/train-0.parquet")
-    with pytest.raises(UserError, match="has the columns image, caption_0: it must have image or img, and label"):
+    pq.write_table(pa.table({"image": [png(0)], "text": ["a"]}), tmp_path / "captions/train-0.parquet")
+    expected = "has the columns image, text: it must have image or img, and label or caption, caption_0"
+    with pytest.raises(UserError, match=expected):
         check_dataset(DataConfig(dataset="captions", data_dir=str(tmp_path)))

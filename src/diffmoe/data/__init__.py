@@ -5,9 +5,18 @@ What a later set reuses: `tables` and `folders` read rows, `pictures` decodes th
 
 from diffmoe.data.augmentation import Augmentation
 from diffmoe.data.batches import Batch, Batches, normalize
+from diffmoe.data.captions import (
+    CaptionBatch,
+    CaptionBatches,
+    CaptionDataset,
+    CaptionSplit,
+    CaptionTokens,
+    caption_tokens,
+    used_tokens,
+)
 from diffmoe.data.descriptions import class_descriptions
 from diffmoe.data.pictures import LazyImages, read_picture
-from diffmoe.data.sources import ImageDataset, check_dataset, load_dataset
+from diffmoe.data.sources import ImageDataset, check_dataset, load_captions, load_dataset
 from diffmoe.data.splits import Split
 from diffmoe.data.text import END_ID, START_ID, VOCAB_SIZE, detokenize, tokenize
 
@@ -18,14 +27,22 @@ __all__ = [
     "Augmentation",
     "Batch",
     "Batches",
+    "CaptionBatch",
+    "CaptionBatches",
+    "CaptionDataset",
+    "CaptionSplit",
+    "CaptionTokens",
     "ImageDataset",
     "LazyImages",
     "Split",
+    "caption_tokens",
     "check_dataset",
     "class_descriptions",
     "detokenize",
+    "load_captions",
     "load_dataset",
     "normalize",
     "read_picture",
     "tokenize",
+    "used_tokens",
 ]

@@ -6,7 +6,7 @@ So any batch of any epoch can be made again, which is what an exact resume in mi
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -27,8 +27,22 @@ class Batch(NamedTuple):
     """int64 (B,)."""
 
 
-class Batches:
-    """The batches of a split, for one of `world_size` ranks.
+class Pictures(Protocol):
+    """A split of any kind."""
+
+    @property
+    def images(self) -> Tensor | LazyImages:
+        """uint8 (N, C, H, W)."""
+        ...
+
+    def __len__(self) -> int: ...
+
+
+S = TypeVar("S", bound=Pictures)
+
+
+class PictureBatches(Generic[S]):
+    """The pictures of a split in batches, for one of `world_size` ranks.
 
     `batch_size` is over all ranks: each takes its share of every batch. With `shuffle` (training) all ranks have
     equally many batches, the last one filled up from the epoch's first pictures until it divides; without it
@@ -37,7 +51,7 @@ class Batches:
 
     def __init__(
         self,
-        split: Split,
+        split: S,
         batch_size: int,
         *,
         mean: Sequence[float],
@@ -66,15 +80,14 @@ class Batches:
         """Batches of an epoch on this rank."""
         return len(self._shares(torch.arange(len(self.split))))
 
-    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
-        """The batches of `epoch` from number `start` on, bit-equal to those of the whole epoch."""
+    def pictures(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of each batch of `epoch` from number `start` on: float32 (B, C, H, W), normalised; its rows, int64 (B,)."""
         order = torch.arange(len(self.split))
         if self.shuffle:
-            order = torch.randperm(len(self.split), generator=_generator(self.seed, epoch))
+            order = torch.randperm(len(self.split), generator=seeded_generator(self.seed, epoch))
         shares = self._shares(order)[start:]
         for number, (images, share) in enumerate(zip(self._fetch(shares), shares, strict=True), start):
-            labels = self.split.labels[share].to(self.device, non_blocking=True)
-            yield Batch(self._prepare(images, epoch, number), labels)
+            yield self._prepare(images, epoch, number), share
 
     def _shares(self, order: Tensor) -> list[Tensor]:
         """The indices that this rank has of each batch."""
@@ -95,11 +108,20 @@ class Batches:
         images = images.to(self.device, non_blocking=True)
         if self.augment is None:
             return normalize(images, self.mean, self.std)
-        generator = _generator(self.seed, epoch, number + 1, self.rank)  # from 1: 0 would be the key of the order
+        generator = seeded_generator(self.seed, epoch, number + 1, self.rank)  # from 1: 0 would be the key of the order
         if self.augment.crop_padding or self.augment.flip:
             images = crop_and_flip(images, self.augment, generator)
         images = normalize(images, self.mean, self.std)
         return erase(images, self.augment.erase, generator) if self.augment.erase else images
+
+
+class Batches(PictureBatches[Split]):
+    """The batches of a classification split."""
+
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
+        """The batches of `epoch` from number `start` on, bit-equal to those of the whole epoch."""
+        for images, share in self.pictures(epoch, start):
+            yield Batch(images, self.split.labels[share].to(self.device, non_blocking=True))
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -108,6 +130,6 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     return images.float().sub_(mean_C11).div_(std_C11)
 
 
-def _generator(*key: int) -> Generator:
+def seeded_generator(*key: int) -> Generator:
     """A generator of its own for each key; SeedSequence, as keys that differ by one must not give related draws."""
     return Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))

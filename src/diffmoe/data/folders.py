@@ -41,6 +41,7 @@ class FolderSource:
     splits: dict[str, Path]
     classes: dict[str, dict[str, tuple[str, ...]]]
     """For each split and class the pictures, as paths from the split's folder."""
+    has_captions = False
 
     @classmethod
     def open(cls, root: Path) -> FolderSource:

@@ -6,20 +6,34 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from diffmoe.config import EMBEDDED_DATASETS, HUB_DATASETS, DataConfig, UserError, dataset_name, nearest
+from diffmoe.data import shapes
 from diffmoe.data.cache import cache_path, read_cache, write_cache
+from diffmoe.data.caption_files import find_caption_files
+from diffmoe.data.captions import CaptionDataset, CaptionSplit
 from diffmoe.data.folders import FolderSource, has_class_folders
 from diffmoe.data.hub import check_hub
 from diffmoe.data.pictures import LazyImages, check_channels, read_picture, to_tensor
-from diffmoe.data.splits import SPLIT_ALIASES, EncodedSplit, Split, channel_statistics, hold_out
+from diffmoe.data.splits import (
+    SPLIT_ALIASES,
+    EncodedCaptions,
+    EncodedSplit,
+    Split,
+    channel_statistics,
+    hold_out,
+    hold_out_indices,
+)
 from diffmoe.data.tables import HubSource, ParquetSource, parquet_files
 
-__all__ = ["ImageDataset", "Split", "check_dataset", "load_dataset", "read_picture"]
+__all__ = ["ImageDataset", "Split", "Task", "check_dataset", "load_dataset", "read_picture"]
+
+Task = Literal["classification", "captions"]
+"""What a set teaches: pictures with labels, or with captions."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +54,11 @@ class ImageDataset:
 class Source(Protocol):
     """Where a set is. Opening one reads no picture."""
 
+    @property
+    def has_captions(self) -> bool:
+        """Captions instead of labels."""
+        ...
+
     def __len__(self) -> int:
         """Pictures in all splits."""
         ...
@@ -48,42 +67,79 @@ class Source(Protocol):
         """A name for the content, for the cache."""
         ...
 
+
+class LabelledSource(Source, Protocol):
+    """One of pictures with labels."""
+
     def read(self, in_memory: bool) -> tuple[tuple[str, ...], dict[str, EncodedSplit]]:
         """Class names, and the splits. Raises `UserError` naming a row whose label will not do."""
         ...
 
 
-def check_dataset(config: DataConfig) -> None:
-    """Raises `UserError` where the set is not there or not laid out as one; reads no picture.
+class CaptionedSource(Source, Protocol):
+    """One of pictures with captions."""
+
+    def read_captions(self, in_memory: bool) -> dict[str, EncodedCaptions]:
+        """The splits. Raises `UserError` naming a picture whose captions will not do."""
+        ...
+
+
+def check_dataset(config: DataConfig) -> Task:
+    """What the set teaches. Raises `UserError` where it is not there or not laid out as one; reads no picture.
 
     An unknown name (with the nearest known), a folder that is missing, empty or without classes, a table without
     the columns, a hub that does not answer.
     """
-    if config.dataset not in EMBEDDED_DATASETS:
-        find_source(config)
+    if config.dataset in EMBEDDED_DATASETS:
+        return "captions" if config.dataset == "shapes" else "classification"
+    return "captions" if find_source(config).has_captions else "classification"
 
 
 def load_dataset(config: DataConfig, *, img_size: int, in_channels: int, progress: bool = True) -> ImageDataset:
-    """Find the set and make it ready: decoded to uint8 (C, img_size, img_size), in three splits.
+    """Find a set with labels and make it ready: decoded to uint8 (C, img_size, img_size), in three splits.
 
     A set over `config.max_memory_gb` is not decoded: its pictures are `LazyImages`. Validation and test pictures are
     held out of train where the set does not have them, by `config.split_seed` alone.
     Raises `UserError` where the set or one of its pictures will not do.
     """
     check_channels(in_channels)
+    _check_task(config, "classification")
     if config.dataset in EMBEDDED_DATASETS:
-        class_names, splits = _read_digits(img_size, in_channels)
-    else:
-        source = find_source(config)
-        if len(source) * in_channels * img_size**2 > config.max_memory_gb * 1e9:
-            class_names, encoded = source.read(in_memory=False)
-            splits = {
-                name: Split(LazyImages.of(pictures, img_size, in_channels), labels)
-                for name, (pictures, labels) in encoded.items()
-            }
-        else:
-            class_names, splits = _decode_source(source, img_size, in_channels, progress)
+        return _assemble(config, *_read_digits(img_size, in_channels), progress)
+    source = cast(LabelledSource, find_source(config))
+    if _fits_in_memory(source, config, img_size, in_channels):
+        return _assemble(config, *_decode_source(source, img_size, in_channels, progress), progress)
+    class_names, encoded = source.read(in_memory=False)
+    splits = {
+        name: Split(LazyImages.of(pictures, img_size, in_channels), labels)
+        for name, (pictures, labels) in encoded.items()
+    }
     return _assemble(config, class_names, splits, progress)
+
+
+def load_captions(config: DataConfig, *, img_size: int, in_channels: int, progress: bool = True) -> CaptionDataset:
+    """Find a set with captions and make it ready, as `load_dataset` does one with labels."""
+    check_channels(in_channels)
+    _check_task(config, "captions")
+    if config.dataset in EMBEDDED_DATASETS:
+        return _assemble_captions(config, shapes.draw_splits(img_size, in_channels), progress)
+    source = cast(CaptionedSource, find_source(config))
+    if _fits_in_memory(source, config, img_size, in_channels):
+        return _assemble_captions(config, _decode_captions(source, img_size, in_channels, progress), progress)
+    splits = {
+        name: CaptionSplit(LazyImages.of(pictures, img_size, in_channels), captions)
+        for name, (pictures, captions) in source.read_captions(in_memory=False).items()
+    }
+    return _assemble_captions(config, splits, progress)
+
+
+def _check_task(config: DataConfig, wanted: Task) -> None:
+    if (found := check_dataset(config)) != wanted:
+        raise UserError(f"dataset {config.dataset!r} is for {found}: {wanted} needs one with other columns")
+
+
+def _fits_in_memory(source: Source, config: DataConfig, img_size: int, in_channels: int) -> bool:
+    return len(source) * in_channels * img_size**2 <= config.max_memory_gb * 1e9
 
 
 def find_source(config: DataConfig) -> Source:
@@ -95,13 +151,15 @@ def find_source(config: DataConfig) -> Source:
     if config.data_dir is not None:
         return _open_folder(_find_in(Path(config.data_dir).expanduser(), dataset_name(name)))
     folder = Path(name).expanduser()
+    if folder.is_file() and (captions := find_caption_files(folder)):
+        return captions
     if folder.is_dir() and (name not in HUB_DATASETS or _holds_set(folder)):
         return _open_folder(folder)
     if name not in HUB_DATASETS and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         known = (*EMBEDDED_DATASETS, *HUB_DATASETS)
         raise UserError(
             f"dataset is {name!r}{nearest(name, known)}: it must be one of {', '.join(known)}, "
-            "a folder that exists, or a hub name such as owner/name"
+            "a folder or a captions table that exists, or a hub name such as owner/name"
         )
     hub_name = HUB_DATASETS.get(name, name)
     check_hub(hub_name)
@@ -117,28 +175,32 @@ def _find_in(data_dir: Path, name: str) -> Path:
         return data_dir
     hint = nearest(name, (path.name for path in data_dir.iterdir() if path.is_dir()))
     raise UserError(
-        f"there is no {str(data_dir / name)!r}{hint}: it must be there with <split>-*.parquet or train/<class>/"
+        f"there is no {str(data_dir / name)!r}{hint}: it must be there with "
+        "<split>-*.parquet, train/<class>/ or a captions table"
     )
 
 
 def _holds_set(folder: Path) -> bool:
-    return bool(parquet_files(folder)) or has_class_folders(folder)
+    return bool(parquet_files(folder)) or has_class_folders(folder) or find_caption_files(folder) is not None
 
 
 def _open_folder(folder: Path) -> Source:
     if files := parquet_files(folder):
         return ParquetSource.open(files)
+    if captions := find_caption_files(folder):  # before class folders: its pictures are in a folder too
+        return captions
     if has_class_folders(folder):
         return FolderSource.open(folder)
-    raise UserError(f"{folder} holds no dataset: it must hold train-*.parquet, or pictures in train/<class>/")
+    raise UserError(
+        f"{folder} holds no dataset: it must hold train-*.parquet, pictures in train/<class>/, or a captions table"
+    )
 
 
 def _decode_source(
-    source: Source, img_size: int, in_channels: int, progress: bool
+    source: LabelledSource, img_size: int, in_channels: int, progress: bool
 ) -> tuple[tuple[str, ...], dict[str, Split]]:
     path = cache_path(source.fingerprint(), img_size=img_size, in_channels=in_channels)
-    cached = read_cache(path)
-    if cached is not None:
+    if (cached := read_cache(path)) is not None:
         tensors, metadata = cached
         return tuple(json.loads(metadata["class_names"])), _splits_of(tensors)
     class_names, encoded = source.read(in_memory=True)
@@ -148,6 +210,23 @@ def _decode_source(
         tensors[f"{name}.labels"] = labels
     write_cache(path, tensors, {"class_names": json.dumps(class_names)})
     return class_names, _splits_of(tensors)
+
+
+def _decode_captions(
+    source: CaptionedSource, img_size: int, in_channels: int, progress: bool
+) -> dict[str, CaptionSplit]:
+    path = cache_path(source.fingerprint(), img_size=img_size, in_channels=in_channels)
+    if (cached := read_cache(path)) is not None:
+        tensors, metadata = cached
+        captions = {name: tuple(map(tuple, texts)) for name, texts in json.loads(metadata["captions"]).items()}
+    else:
+        encoded = source.read_captions(in_memory=True)
+        captions = {name: split.captions for name, split in encoded.items()}
+        tensors = {
+            name: LazyImages.of(split.pictures, img_size, in_channels).load(progress) for name, split in encoded.items()
+        }
+        write_cache(path, tensors, {"captions": json.dumps(captions)})
+    return {name: CaptionSplit(tensors[name], texts) for name, texts in captions.items()}
 
 
 def _splits_of(tensors: dict[str, Tensor]) -> dict[str, Split]:
@@ -180,3 +259,16 @@ def _assemble(
         train, validation = hold_out(train, config.val_fraction, config.split_seed, class_names)
     mean, std = channel_statistics(train.images, config.split_seed, progress)
     return ImageDataset(dataset_name(config.dataset), class_names, train, validation, test, mean, std)
+
+
+def _assemble_captions(config: DataConfig, splits: dict[str, CaptionSplit], progress: bool) -> CaptionDataset:
+    for name, split in splits.items():
+        if not len(split):
+            raise UserError(f"dataset {config.dataset!r} has an empty {name} split: it must hold pictures")
+    train, validation, test = splits["train"], splits.get("validation"), splits.get("test")
+    if test is None:
+        train, test = map(train.subset, hold_out_indices(len(train), config.test_fraction, config.split_seed))
+    if validation is None:
+        train, validation = map(train.subset, hold_out_indices(len(train), config.val_fraction, config.split_seed))
+    mean, std = channel_statistics(train.images, config.split_seed, progress)
+    return CaptionDataset(dataset_name(config.dataset), train, validation, test, mean, std)

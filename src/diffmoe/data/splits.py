@@ -24,11 +24,19 @@ STATISTICS_SAMPLE = 5000
 
 
 class EncodedSplit(NamedTuple):
-    """What a source gives: one split, not decoded yet."""
+    """What a source of labelled pictures gives: one split, not decoded yet."""
 
     pictures: Pictures
     labels: Tensor
     """int64 (N,)."""
+
+
+class EncodedCaptions(NamedTuple):
+    """What a source of captioned pictures gives: one split, not decoded yet."""
+
+    pictures: Pictures
+    captions: tuple[tuple[str, ...], ...]
+    """For each picture its captions."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,19 @@ def hold_out(split: Split, fraction: float, seed: int, class_names: Sequence[str
             raise UserError(f"class {name!r} has only 1 picture to train on: it must have 2 or more to hold some out")
         held[members[: min(max(1, round(len(members) * fraction)), len(members) - 1)]] = True
     return split.subset((~held).nonzero().flatten()), split.subset(held.nonzero().flatten())
+
+
+def hold_out_indices(count: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """The rest and the part held out of `count` pictures, int64, in order; by `fraction` and `seed` alone.
+
+    Raises `UserError` where there are fewer than 2.
+    """
+    if count < 2:
+        raise UserError(f"there is only {count} picture to train on: it takes 2 or more to hold some out")
+    held = torch.zeros(count, dtype=torch.bool)
+    shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    held[shuffled[: min(max(1, round(count * fraction)), count - 1)]] = True
+    return (~held).nonzero().flatten(), held.nonzero().flatten()
 
 
 def channel_statistics(

@@ -6,7 +6,7 @@ import bisect
 import hashlib
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from diffmoe.config import UserError
+from diffmoe.data.captions import check_captions
 from diffmoe.data.hub import load_hub
-from diffmoe.data.splits import SPLIT_ALIASES, EncodedSplit
+from diffmoe.data.splits import SPLIT_ALIASES, EncodedCaptions, EncodedSplit
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -68,18 +69,22 @@ class ParquetSource:
     files: dict[str, list[Path]]
     """The files of each split, in order."""
 
+    has_captions: bool
+    """Captions instead of labels."""
+
     @classmethod
     def open(cls, files: dict[str, list[Path]]) -> ParquetSource:
         """Check the files' columns, reading no row. Raises `UserError` naming a file that will not do."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
+        has_captions = False
         for path in itertools.chain.from_iterable(files.values()):
             try:
-                _check_columns(pq.read_schema(path).names, str(path))
+                has_captions = _check_columns(pq.read_schema(path).names, str(path))
             except (pa.ArrowException, OSError) as error:
                 raise UserError(f"{path} must be a Parquet file that can be read ({_one_line(error)})") from error
-        return cls(files)
+        return cls(files, has_captions)
 
     def __len__(self) -> int:
         return sum(ends[-1] for ends in map(self._ends, self.files))
@@ -95,14 +100,20 @@ class ParquetSource:
 
     def read(self, in_memory: bool) -> tuple[tuple[str, ...], dict[str, EncodedSplit]]:
         """Class names, and for each split its pictures and labels, int64 (N,). Raises `UserError` naming a bad row."""
+        return _split_tables(*self._tables(in_memory))
+
+    def read_captions(self, in_memory: bool) -> dict[str, EncodedCaptions]:
+        """For each split its pictures and their captions. Raises `UserError` naming a bad row."""
+        return _caption_tables(*self._tables(in_memory))
+
+    def _tables(self, in_memory: bool) -> tuple[dict[str, Dataset], Origins]:
         tables = {}
         for split, paths in self.files.items():
             try:
                 tables[split] = _read_parquet(paths) if in_memory else _map_parquet(paths)
             except Exception as error:  # pyarrow's, or those that `datasets` wraps them in
                 raise UserError(f"{paths[0].parent} cannot be read ({_one_line(error)})") from error
-        origins = {split: (tuple(map(str, paths)), self._ends(split)) for split, paths in self.files.items()}
-        return _split_tables(tables, origins)
+        return tables, {split: (tuple(map(str, paths)), self._ends(split)) for split, paths in self.files.items()}
 
 
 @dataclass(frozen=True)
@@ -134,8 +145,19 @@ class HubSource:
 
     def read(self, in_memory: bool) -> tuple[tuple[str, ...], dict[str, EncodedSplit]]:
         """As `ParquetSource.read`; the tables stay memory-mapped either way."""
-        origins = {split: ((f"{self.name} {split}",), (len(table),)) for split, table in self.tables.items()}
-        return _split_tables(self.tables, origins)
+        return _split_tables(self.tables, self._origins())
+
+    def read_captions(self, in_memory: bool) -> dict[str, EncodedCaptions]:
+        """As `ParquetSource.read_captions`; the tables stay memory-mapped either way."""
+        return _caption_tables(self.tables, self._origins())
+
+    @property
+    def has_captions(self) -> bool:
+        """Captions instead of labels."""
+        return LABEL_COLUMN not in self.tables["train"].column_names
+
+    def _origins(self) -> Origins:
+        return {split: ((f"{self.name} {split}",), (len(table),)) for split, table in self.tables.items()}
 
 
 def parquet_files(folder: Path) -> dict[str, list[Path]]:
@@ -159,13 +181,20 @@ def _fingerprint(files: dict[str, list[Path]]) -> str:
     return digest.hexdigest()[:32]
 
 
-def _check_columns(names: Iterable[str], where: str) -> None:
+def _check_columns(names: Iterable[str], where: str) -> bool:
+    """Whether the table has captions rather than labels. Raises `UserError` where it has neither, or no picture."""
     names = list(names)
-    if not set(PICTURE_COLUMNS) & set(names) or LABEL_COLUMN not in names:
+    if not set(PICTURE_COLUMNS) & set(names) or not (LABEL_COLUMN in names or caption_columns(names)):
         raise UserError(
             f"{where} has the columns {', '.join(names)}: "
-            f"it must have {' or '.join(PICTURE_COLUMNS)}, and {LABEL_COLUMN}"
+            f"it must have {' or '.join(PICTURE_COLUMNS)}, and {LABEL_COLUMN} or caption, caption_0, ..."
         )
+    return LABEL_COLUMN not in names
+
+
+def caption_columns(names: Iterable[str]) -> list[str]:
+    """The columns that hold captions: caption, captions, caption_0, caption_1, ..."""
+    return [name for name in names if re.fullmatch(r"captions?|caption_.*", name)]
 
 
 def _picture_column(names: Iterable[str]) -> str:
@@ -178,7 +207,8 @@ def _read_parquet(paths: list[Path]) -> Dataset:
     from datasets import Dataset
     from datasets.table import InMemoryTable
 
-    columns = [_picture_column(pq.read_schema(paths[0]).names), LABEL_COLUMN]
+    names = pq.read_schema(paths[0]).names
+    columns = [_picture_column(names), *([LABEL_COLUMN] if LABEL_COLUMN in names else caption_columns(names))]
     table = pa.concat_tables([pq.read_table(path, columns=columns) for path in paths])
     return Dataset(InMemoryTable(table), fingerprint="parquet")  # its own would hash every picture
 
@@ -192,9 +222,33 @@ def _map_parquet(paths: list[Path]) -> Dataset:
     return table
 
 
-def _split_tables(
-    tables: dict[str, Dataset], origins: dict[str, tuple[tuple[str, ...], tuple[int, ...]]]
-) -> tuple[tuple[str, ...], dict[str, EncodedSplit]]:
+Origins = dict[str, tuple[tuple[str, ...], tuple[int, ...]]]
+"""For each split the files that its rows come from, and the row after each file's last."""
+
+
+def _caption_tables(tables: dict[str, Dataset], origins: Origins) -> dict[str, EncodedCaptions]:
+    splits = {}
+    for split, table in tables.items():
+        pictures = _table_pictures(table, origins[split])
+        columns = [table.data.column(name).to_pylist() for name in caption_columns(table.column_names)]
+        captions = tuple(tuple(_texts(cells)) for cells in zip(*columns, strict=True))
+        check_captions(captions, pictures.where)
+        splits[split] = EncodedCaptions(pictures, captions)
+    return splits
+
+
+def _texts(cells: tuple[str | list[str] | None, ...]) -> Iterator[str]:
+    """The captions in one row's cells, each a text or a list of texts; a missing cell counts as an empty caption."""
+    for cell in cells:
+        yield from cell if isinstance(cell, list) else [cell or ""]
+
+
+def _table_pictures(table: Dataset, origin: tuple[tuple[str, ...], tuple[int, ...]]) -> TablePictures:
+    column = table.select_columns([_picture_column(table.column_names)]).with_format("arrow")
+    return TablePictures(column, *origin)
+
+
+def _split_tables(tables: dict[str, Dataset], origins: Origins) -> tuple[tuple[str, ...], dict[str, EncodedSplit]]:
     import pyarrow.types as types
     from datasets import ClassLabel
 
@@ -212,8 +266,7 @@ def _split_tables(
         names = [str(value) for value in values]
     splits = {}
     for split, table in tables.items():
-        column = table.select_columns([_picture_column(table.column_names)]).with_format("arrow")
-        pictures = TablePictures(column, *origins[split])
+        pictures = _table_pictures(table, origins[split])
         splits[split] = EncodedSplit(pictures, _encode_labels(table.data.column(LABEL_COLUMN), values, pictures))
     return tuple(names), splits
 

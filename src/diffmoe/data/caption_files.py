@@ -1,0 +1,162 @@
+"""Captioned pictures that are files: a table of captions (CSV or JSON Lines), or the original Flickr8k's layout."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffmoe.config import UserError
+from diffmoe.data.captions import check_captions
+from diffmoe.data.folders import FilePictures
+from diffmoe.data.splits import SPLIT_ALIASES, EncodedCaptions
+from diffmoe.data.tables import caption_columns
+
+TABLE_SUFFIXES = (".csv", ".jsonl")
+FLICKR_TOKENS = "Flickr8k.token.txt"
+FLICKR_LISTS = {"train": "trainImages", "validation": "devImages", "test": "testImages"}
+FLICKR_FOLDERS = ("Flicker8k_Dataset", "Flickr8k_Dataset", "Images")
+"""Of the original distribution (its spelling), and of a common copy."""
+
+
+@dataclass(frozen=True)
+class CaptionFiles:
+    """A set whose pictures are files; `captions` are, for each split, those of each picture by its name."""
+
+    root: Path
+    """The folder that the names are relative to."""
+    captions: dict[str, dict[str, tuple[str, ...]]]
+    has_captions = True
+
+    def __len__(self) -> int:
+        return sum(map(len, self.captions.values()))
+
+    def fingerprint(self) -> str:
+        """Changes with the captions, and when a picture is written (its size or time)."""
+        digest = hashlib.sha256(json.dumps(self.captions).encode())
+        for name in itertools.chain(*self.captions.values()):
+            status = (self.root / name).stat()
+            digest.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
+        return digest.hexdigest()[:32]
+
+    def read_captions(self, in_memory: bool) -> dict[str, EncodedCaptions]:
+        """For each split its pictures and their captions; the files stay on disk either way."""
+        return {
+            split: EncodedCaptions(FilePictures(self.root, tuple(by_name)), tuple(by_name.values()))
+            for split, by_name in self.captions.items()
+        }
+
+
+def find_caption_files(place: Path) -> CaptionFiles | None:
+    """The set in a folder or a table file; None where it is not laid out as one. Reads no picture.
+
+    Raises `UserError` naming the file and line where a caption, a picture or a column is missing.
+    """
+    if place.is_file():
+        return _read_table(place) if place.suffix in TABLE_SUFFIXES else None
+    if (place / FLICKR_TOKENS).is_file():
+        return _read_flickr(place)
+    tables = [path for path in sorted(place.glob("*")) if path.suffix in TABLE_SUFFIXES] if place.is_dir() else []
+    named = [path for path in tables if path.stem == "captions"]
+    if len(tables) > 1 and not named:
+        raise UserError(f"{place} holds {len(tables)} tables: name the one with the captions captions.csv or .jsonl")
+    return _read_table((named or tables)[0]) if tables else None
+
+
+def _read_table(path: Path) -> CaptionFiles:
+    """`image` and `caption...` columns, a row or several for each picture, and, if there is one, `split`."""
+    rows = _json_lines(path) if path.suffix == ".jsonl" else _csv_rows(path)
+    captions: dict[str, dict[str, tuple[str, ...]]] = {}
+    split_of: dict[str, str] = {}
+    for number, row in rows:
+        where = f"{path} line {number}"
+        texts = [text for name in caption_columns(row) for text in _texts(row[name])]
+        if "image" not in row or not caption_columns(row):
+            raise UserError(
+                f"{where} has {', '.join(row)}: it must have image and caption, or caption_0, caption_1, ..."
+            )
+        name, split = str(row["image"]), _split_name(str(row.get("split") or "train"), where)
+        check_captions([texts], lambda _, where=where: where)
+        if split_of.setdefault(name, split) != split:
+            raise UserError(f"{where} puts {name} in {split}, but it is in {split_of[name]} already: choose one")
+        if not (path.parent / name).is_file():
+            raise UserError(f"{where}: there is no picture {path.parent / name}")
+        of_split = captions.setdefault(split, {})
+        of_split[name] = (*of_split.get(name, ()), *texts)
+    if "train" not in captions:
+        raise UserError(
+            f"{path} has no pictures to train on: it must hold rows, of the split train where it has splits"
+        )
+    return CaptionFiles(path.parent, captions)
+
+
+def _texts(cell: Any) -> list[str]:
+    return [str(text) for text in cell] if isinstance(cell, list) else ["" if cell is None else str(cell)]
+
+
+def _split_name(name: str, where: str) -> str:
+    for split, aliases in SPLIT_ALIASES.items():
+        if name in aliases:
+            return split
+    raise UserError(f"{where} has the split {name!r}: it must be train, validation or test")
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader = csv.DictReader(_lines(path), restkey="")
+    for row in reader:
+        if "" in row:
+            raise UserError(f"{path} line {reader.line_num} has more cells than the head: quote captions with commas")
+        yield reader.line_num, {name: value for name, value in row.items() if value is not None}
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(_lines(path), 1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path} line {number} is not valid JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{path} line {number} must be an object such as {{'image': 'a.jpg', 'caption': '...'}}")
+        yield number, row
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8-sig").split("\n")[:-1]
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise UserError(f"{path} line {line} is not UTF-8: save the file as UTF-8") from error
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from error
+
+
+def _read_flickr(root: Path) -> CaptionFiles:
+    folders = [folder for name in FLICKR_FOLDERS if (folder := root / name).is_dir()]
+    if not folders:
+        raise UserError(f"{root} has {FLICKR_TOKENS} but no {' or '.join(FLICKR_FOLDERS)}: the pictures must be there")
+    captions: dict[str, list[str]] = {}
+    for number, line in enumerate(_lines(root / FLICKR_TOKENS), 1):
+        name, tab, text = line.partition("\t")
+        if not tab or not text.strip():
+            raise UserError(f"{root / FLICKR_TOKENS} line {number} has no caption: it must be 'name.jpg#0<tab>caption'")
+        captions.setdefault(name.partition("#")[0], []).append(text.strip())
+    splits: dict[str, dict[str, tuple[str, ...]]] = {}
+    seen: dict[str, str] = {}
+    for split, part in FLICKR_LISTS.items():
+        path = root / f"Flickr_8k.{part}.txt"
+        splits[split] = {}
+        for number, name in enumerate(filter(None, map(str.strip, _lines(path))), 1):
+            if name not in captions:
+                raise UserError(f"{path} line {number}: {name} has no caption in {FLICKR_TOKENS}")
+            if name in seen:
+                raise UserError(f"{path} line {number}: {name} is in {seen[name]} already: choose one")
+            if not (folders[0] / name).is_file():
+                raise UserError(f"{path} line {number}: there is no picture {folders[0] / name}")
+            seen[name] = split
+            splits[split][name] = tuple(captions[name])
+    return CaptionFiles(folders[0], splits)

@@ -1,0 +1,146 @@
+"""Pictures with captions: a split of them, its batches (one caption a picture, drawn anew each epoch), its tokens.
+
+Shapes: N pictures, B pictures of a batch, M captions in all, T text tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffmoe.config import UserError
+from diffmoe.data.batches import PictureBatches, seeded_generator
+from diffmoe.data.pictures import LazyImages
+from diffmoe.data.text import END_ID, START_ID, tokenize
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CaptionSplit:
+    """Pictures of one split, each with its captions."""
+
+    images: Tensor | LazyImages
+    """uint8 (N, C, H, W), in memory or decoded on demand."""
+    captions: tuple[tuple[str, ...], ...]
+    """For each picture its captions, at least one."""
+    held_out: Tensor | None = None
+    """(N,) bool, pictures whose combination of properties is in no training picture; None where nobody knows."""
+
+    def __post_init__(self) -> None:
+        if len(self.images) != len(self.captions):
+            raise ValueError(f"{len(self.images)} pictures but captions of {len(self.captions)}")
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def subset(self, indices: Tensor) -> CaptionSplit:
+        """The pictures at `indices`, int64 (M,)."""
+        images = self.images.subset(indices) if isinstance(self.images, LazyImages) else self.images[indices]
+        held_out = None if self.held_out is None else self.held_out[indices]
+        return CaptionSplit(images, tuple(self.captions[index] for index in indices.tolist()), held_out)
+
+
+@dataclass(frozen=True)
+class CaptionDataset:
+    """A set of pictures with captions, in three splits that share no picture."""
+
+    name: str
+    train: CaptionSplit
+    validation: CaptionSplit
+    test: CaptionSplit
+    mean: tuple[float, ...]
+    """Of each channel over the training split, pictures in [0, 1]."""
+    std: tuple[float, ...]
+    """Likewise."""
+
+
+class CaptionTokens(NamedTuple):
+    """All captions of a split, picture by picture."""
+
+    tokens: Tensor
+    """int64 (M, T)."""
+    mask: Tensor
+    """int64 (M, T), 1 at real tokens."""
+    image_of_text: Tensor
+    """int64 (M,), the picture of each."""
+
+
+def caption_tokens(split: CaptionSplit, max_text_len: int) -> CaptionTokens:
+    """Tokenize all captions of a split; those over `max_text_len` are cut."""
+    tokens, mask = tokenize([text for texts in split.captions for text in texts], max_text_len)
+    counts = torch.tensor([len(texts) for texts in split.captions])
+    return CaptionTokens(tokens, mask, torch.arange(len(split)).repeat_interleave(counts))
+
+
+def used_tokens(split: CaptionSplit, max_text_len: int) -> Tensor:
+    """The ids in the captions, sorted int64 (V,), the end token among them: what a model of them can learn to write."""
+    tokens, mask, _ = caption_tokens(split, max_text_len)
+    used = tokens[mask.bool()].unique()
+    return used[used != START_ID]
+
+
+class CaptionBatch(NamedTuple):
+    """Pictures, and one caption of each."""
+
+    images: Tensor
+    """float32 (B, C, H, W), normalised."""
+    tokens: Tensor
+    """int64 (B, T)."""
+    mask: Tensor
+    """int64 (B, T), 1 at real tokens."""
+
+
+class CaptionBatches(PictureBatches[CaptionSplit]):
+    """The batches of a caption split, for one of `world_size` ranks; arguments as for `Batches`.
+
+    With `shuffle` (training) the caption of each picture is drawn anew each epoch, a function of the seed and the
+    epoch alone; without it (evaluation) it is the caption with the epoch's number, modulo how many there are.
+    """
+
+    def __init__(self, split: CaptionSplit, batch_size: int, *, max_text_len: int, **options: Any) -> None:
+        super().__init__(split, batch_size, **options)
+        self.tokens, self.mask, _ = caption_tokens(split, max_text_len)
+        self.count_N = torch.tensor([len(texts) for texts in split.captions])
+        self.first_N = self.count_N.cumsum(0) - self.count_N
+        if self.shuffle and self.rank == 0:
+            _warn_of_cut(self.tokens, max_text_len)
+
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[CaptionBatch]:
+        """The batches of `epoch` from number `start` on, bit-equal to those of the whole epoch."""
+        if self.shuffle:
+            draw_N = torch.rand(len(self.split), generator=seeded_generator(self.seed, epoch, 0, 1))
+            number_N = (draw_N * self.count_N).long()
+        else:
+            number_N = epoch % self.count_N
+        row_N = self.first_N + number_N
+        for images, share in self.pictures(epoch, start):
+            rows = row_N[share]
+            longest = int(self.mask[rows].sum(1).max())
+            tokens, mask = (t[rows, :longest].to(self.device, non_blocking=True) for t in (self.tokens, self.mask))
+            yield CaptionBatch(images, tokens, mask)
+
+
+def _warn_of_cut(tokens: Tensor, max_text_len: int) -> None:
+    """Say once how many captions fill all of `max_text_len` tokens: longer ones were cut to it."""
+    full = int((tokens == END_ID).long().argmax(1).add(1).eq(max_text_len).sum())
+    if full:
+        log.warning(
+            "%d of %d training captions have %d tokens or more and are cut there; a larger --max_text_len keeps more",
+            *(full, len(tokens), max_text_len),
+        )
+
+
+def check_captions(captions: Sequence[Sequence[str | None]], where: Callable[[int], str]) -> None:
+    """Raises `UserError` naming by `where(row)` the first picture that has no caption, or a blank one."""
+    for row, texts in enumerate(captions):
+        if not texts:
+            raise UserError(f"{where(row)} has no caption: a picture must have at least one")
+        for number, text in enumerate(texts):
+            if text is None or not text.strip():
+                raise UserError(f"{where(row)} has an empty caption (number {number}): write one or remove the picture")

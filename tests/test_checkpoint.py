@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import pickle
@@ -17,6 +18,7 @@ import torch
 from diffmoe import load_model
 from diffmoe.checkpoint import DataInfo, load_checkpoint, save_model
 from diffmoe.config import ModelConfig, UserError
+from diffmoe.model.captioner import Captioner
 from diffmoe.model.heads import ImageClassifier
 
 CONFIG = ModelConfig(
@@ -195,3 +197,65 @@ def test_truncated_last_ckpt_is_not_resumed(share, cli, own_run, snapshot):
     assert result.code == 2
     assert result.err == f"diffmoe: error: checkpoint {last} is truncated or is not a checkpoint\n"
     assert snapshot(own_run.save_dir) == before
+
+
+def make_captioner() -> Captioner:
+    config = dataclasses.replace(CONFIG, vocab_size=49408, classify_with="image")
+    model = Captioner(config, torch.tensor([5, 7, 320, 49406, 49407]))
+    torch.nn.init.normal_(model.output_bias)
+    return model
+
+
+CAPTION_INFO = DataInfo("holidays", (), (0.5,), (0.25,), 0.1, 0.2, 7)
+
+
+class TestCaptioner:
+    def test_is_bit_equal(self, tmp_path):
+        model, images = make_captioner(), torch.randn(4, 1, 8, 8)
+        tokens = torch.tensor([[49406, 5, 7, 320, 49407]]).expand(4, -1)
+        model(images, tokens)  # BatchNorm has seen pictures
+        save_model(tmp_path / "model.pth", model.eval(), CAPTION_INFO)
+        checkpoint = load_checkpoint(tmp_path / "model.pth")
+        assert checkpoint.data == CAPTION_INFO
+        loaded = checkpoint.model
+        assert isinstance(loaded, Captioner)
+        assert loaded.config == model.config
+        assert torch.equal(loaded.output_tokens, model.output_tokens)
+        with torch.no_grad():
+            expected, found = model(images, tokens), loaded(images, tokens)
+        for name in ("logits", "router_loss", "embedding"):
+            assert torch.equal(found[name], expected[name])
+        losses = [m.caption_loss(expected["caption_features"], tokens) for m in (model, loaded)]
+        assert torch.equal(losses[0][0], losses[1][0])
+        assert torch.equal(loaded.generate(images), model.generate(images))
+
+    @pytest.mark.parametrize(
+        ("parts", "message"),
+        [
+            ({"head": "poet"}, "head is 'poet': it must be one of classifier, captioner"),
+            ({"head": "classifier"}, "does not fit"),
+            ({"head": None}, "does not fit"),  # a file without a head is a classifier's
+            ({"head": [1]}, "head is [1]"),
+            ({"state_dict": {}}, "output_tokens"),
+            ({"state_dict": {"output_tokens": torch.zeros(2)}}, "output_tokens are torch.float32"),
+            ({"state_dict": {"output_tokens": torch.tensor([1, 99999])}}, "under vocab_size (49408)"),
+            ({"state_dict": {"output_tokens": torch.tensor([1, 2])}}, "Missing key"),
+        ],
+    )
+    def test_a_damaged_one_is_one_line(self, parts, message, tmp_path):
+        path = tmp_path / "model.pth"
+        save_model(path, make_captioner(), CAPTION_INFO)
+        path.write_bytes(changed(path.read_bytes(), **parts))
+        with pytest.raises(UserError) as caught:
+            load_checkpoint(path)
+        line = str(caught.value)
+        assert line.startswith(f"checkpoint {path} does not fit this version: ")
+        assert message in line
+        assert "\n" not in line
+
+
+def test_a_file_without_a_head_is_a_classifier(good, tmp_path):
+    assert torch.load(good, weights_only=True)["head"] == "classifier"
+    old = tmp_path / "old.pth"
+    old.write_bytes(changed(good.read_bytes(), head=None))
+    assert isinstance(load_model(old), ImageClassifier)

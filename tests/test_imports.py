@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("model",),
     ("checkpoint",),
     ("hardware", "training"),
-    ("evaluation", "profiling"),
+    ("evaluation", "profiling", "retrieval"),
     ("runs", "visualization"),
     ("commands",),
     ("cli",),

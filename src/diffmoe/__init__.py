@@ -1,6 +1,6 @@
 """Diff-MoE: a multimodal (image + text) Mixture-of-Experts Transformer.
 
-    from diffmoe import ImageClassifier, ModelConfig, MultiModalMoE, load_model
+    from diffmoe import Captioner, ImageClassifier, ModelConfig, MultiModalMoE, load_model
 
 The names load on first use, so that `diffmoe --help` need not wait for torch.
 """
@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from diffmoe.checkpoint import load_model
     from diffmoe.config import ModelConfig
+    from diffmoe.model.captioner import Captioner
     from diffmoe.model.heads import ImageClassifier
     from diffmoe.model.multimodal import MultiModalMoE
 
-__all__ = ["ImageClassifier", "ModelConfig", "MultiModalMoE", "load_model"]
+__all__ = ["Captioner", "ImageClassifier", "ModelConfig", "MultiModalMoE", "load_model"]
 
 _HOME = {
+    "Captioner": "diffmoe.model.captioner",
     "ImageClassifier": "diffmoe.model.heads",
     "ModelConfig": "diffmoe.config",
     "MultiModalMoE": "diffmoe.model.multimodal",

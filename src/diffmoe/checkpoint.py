@@ -15,13 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from diffmoe.config import ModelConfig, UserError
 from diffmoe.files import write_atomically
+from diffmoe.model.captioner import Captioner
 from diffmoe.model.heads import ImageClassifier
 
 MODEL_FORMAT = "diffmoe-model-1"
+
+Head = ImageClassifier | Captioner
+HEADS = {"classifier": ImageClassifier, "captioner": Captioner}
+"""What a model file calls each head; a file that says nothing holds a classifier."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class DataInfo:
 
     dataset: str
     class_names: tuple[str, ...]
+    """Empty where the pictures have captions."""
     mean: tuple[float, ...]
     """Of the training pictures in [0, 1], a channel."""
     std: tuple[float, ...]
@@ -43,14 +48,15 @@ class DataInfo:
 class Checkpoint:
     """A loaded model file."""
 
-    model: ImageClassifier
+    model: Head
     data: DataInfo
 
 
-def save_model(path: Path, model: ImageClassifier, data: DataInfo) -> None:
+def save_model(path: Path, model: Head, data: DataInfo) -> None:
     """Write a model with the config that made it and what it needs to know of its data."""
     content = {
         "format": MODEL_FORMAT,
+        "head": next(name for name, kind in HEADS.items() if isinstance(model, kind)),
         "model_config": dataclasses.asdict(model.config),
         "data": dataclasses.asdict(data),
         "state_dict": model.state_dict(),
@@ -96,13 +102,21 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         state: dict[str, torch.Tensor] = content["state_dict"]
         config = ModelConfig(**content["model_config"])
         data = DataInfo(**content["data"])
-        model = ImageClassifier(config, state.get("class_tokens"), state.get("class_mask"))
+        model = _make_head(content.get("head", "classifier"), config, state)
         model.load_state_dict(state)
     except (TypeError, RuntimeError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"checkpoint {path} does not fit this version: {' '.join(str(error).split())[:200]}") from error
     return Checkpoint(model.eval(), data)
 
 
-def load_model(path: str | Path) -> nn.Module:
+def _make_head(name: str, config: ModelConfig, state: dict[str, torch.Tensor]) -> Head:
+    if name == "captioner":
+        return Captioner(config, state["output_tokens"])
+    if name == "classifier":
+        return ImageClassifier(config, state.get("class_tokens"), state.get("class_mask"))
+    raise ValueError(f"head is {name!r}: it must be one of {', '.join(HEADS)}")
+
+
+def load_model(path: str | Path) -> Head:
     """The model in a file such as `cifar10_model.pth`, in evaluation mode, on the CPU."""
     return load_checkpoint(path).model

@@ -1,6 +1,6 @@
 """The command line: parses, composes, and turns a user's mistake into one line and exit code 2.
 
-    diffmoe train|test|train_test|predict [flags]
+    diffmoe train|test|train_test|predict|zero-shot|retrieve|caption [flags]
     python main.py --dataset cifar10 --mode train_test --epochs 10        (the flat form)
 
 Whatever is heavy (torch above all) is imported by the command that needs it.
@@ -13,16 +13,20 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 from diffmoe.config import UserError, nearest
-from diffmoe.settings import MODES, parse_settings
+from diffmoe.settings import MODES, parse_group, parse_settings
 
 COMMANDS = {
     "train": "train a model",
     "test": "score a trained model on the test split",
     "train_test": "both, one after the other",
     "predict": "classify pictures with a trained model",
+    "zero-shot": "classify pictures by names or sentences of your own",
+    "retrieve": "find pictures by a text, or texts by a picture",
+    "caption": "write a sentence for each picture",
 }
 
 HELP = f"""usage: diffmoe <command> [flags]      (or: python main.py --mode {{{",".join(MODES)}}} [flags])
@@ -36,6 +40,8 @@ examples:
   diffmoe train_test                                         handwritten digits, in a minute, no download
   diffmoe train_test --dataset cifar10 --preset tiny         CIFAR-10 on a laptop
   diffmoe predict --checkpoint checkpoints/cifar10_model.pth cat.jpg
+  diffmoe train_test --dataset shapes                        learn to caption drawn shapes, in minutes, no download
+  diffmoe caption --checkpoint checkpoints/shapes_model.pth picture.png
 
 `diffmoe <command> --help` lists the flags of one command."""
 
@@ -60,8 +66,8 @@ def dispatch(argv: list[str]) -> int:
         print(HELP)
         return 0
     command = argv[0]
-    if command == "predict":
-        return predict(argv[1:])
+    if command in USES:
+        return USES[command](argv[1:])
     if command.startswith("-"):
         settings = parse_settings(argv)
     elif command in COMMANDS:
@@ -75,34 +81,114 @@ def dispatch(argv: list[str]) -> int:
 
 def predict(argv: list[str]) -> int:
     """Parse and run `diffmoe predict`."""
-    parser = argparse.ArgumentParser(prog="diffmoe predict", description="Classify pictures.", allow_abbrev=False)
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="picture files of any size and kind")
-    parser.add_argument("--checkpoint", required=True, help="model file, such as checkpoints/cifar10_model.pth")
+    parser = _parser("predict", "Classify pictures.", images="+")
     parser.add_argument("--top", type=int, default=5, help="classes to show for each picture (default: 5)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    args = _parse_or_raise(parser, argv)
+    parser.add_argument("--text", help="what is said of the pictures, to be weighed with them")
+    args = parser.parse_args(argv)
     if args.top < 1:
         raise UserError(f"top is {args.top}: it must be at least 1")
     from diffmoe.commands.predict import predict as run
 
-    results = run(args.images, args.checkpoint, args.top, args.device)
-    if args.json:
+    results = run(args.images, args.checkpoint, args.top, args.device, args.text)
+    return _print(results, args.json, _print_predictions)
+
+
+def zero_shot(argv: list[str]) -> int:
+    """Parse and run `diffmoe zero-shot`."""
+    parser = _parser("zero-shot", "Classify pictures by names or sentences of your own.", images="+")
+    parser.add_argument("--labels", nargs="+", required=True, help="class names or whole sentences")
+    parser.add_argument(
+        "--templates",
+        nargs="+",
+        default=["{}", "a photo of a {}.", "a picture that shows a {}."],
+        help="sentences in which {} stands for a label; their embeddings are averaged",
+    )
+    args = parser.parse_args(argv)
+    from diffmoe.commands.predict import zero_shot as run
+
+    results = run(args.images, args.labels, args.templates, args.checkpoint, args.device)
+    return _print(results, args.json, _print_predictions)
+
+
+def retrieve(argv: list[str]) -> int:
+    """Parse and run `diffmoe retrieve`."""
+    parser = _parser("retrieve", "Find pictures by a text, or texts by a picture.")
+    parser.add_argument("gallery", help="a folder of pictures, or a dataset")
+    parser.add_argument("--text", help="asks for pictures of the gallery")
+    parser.add_argument("--image", help="a picture file; asks for texts")
+    parser.add_argument("--sentences", help="file of texts, one a line; default: the gallery's captions")
+    parser.add_argument("--data_dir", help="folder that holds the dataset")
+    parser.add_argument("--split", default="test", help="split of a dataset (default: test)")
+    parser.add_argument("--index", help="file that keeps the embeddings; default: in output_dir")
+    parser.add_argument("--overwrite", action="store_true", help="make the index again where it does not fit")
+    parser.add_argument("--top", type=int, default=8, help="how many to find (default: 8)")
+    parser.add_argument("--output_dir", default="visualizations", help="for the index and the picture")
+    args = vars(parser.parse_args(argv))
+    as_json = args.pop("json")
+    if args["top"] < 1:
+        raise UserError(f"top is {args['top']}: it must be at least 1")
+    from diffmoe.commands.retrieve import retrieve as run
+
+    return _print(run(args.pop("checkpoint"), args.pop("gallery"), **args), as_json, _print_found)
+
+
+def caption(argv: list[str]) -> int:
+    """Parse and run `diffmoe caption`."""
+    parser = _parser("caption", "Write a caption for each picture.", images="+")
+    parser.add_argument("--seed", type=int, default=0, help="of --decoding sample (default: 0)")
+    parser.add_argument("--output_dir", default="visualizations/captions", help="for captions.json and captions.png")
+    args, rest = parser.parse_known_args(argv)
+    config = parse_group("generation", rest, prog="diffmoe caption")
+    from diffmoe.commands.caption import caption as run
+
+    written = run(args.images, args.checkpoint, config, seed=args.seed, output_dir=args.output_dir, device=args.device)
+    results = [{"image": path, "caption": text} for path, text in zip(args.images, written, strict=True)]
+    return _print(results, args.json, lambda rows: [print(f"{row['image']}: {row['caption']}") for row in rows])
+
+
+USES = {"predict": predict, "zero-shot": zero_shot, "retrieve": retrieve, "caption": caption}
+"""The commands that use a trained model."""
+
+
+def _parser(command: str, description: str, images: str | None = None) -> argparse.ArgumentParser:
+    """A parser with the flags that all uses of a model share."""
+    parser = argparse.ArgumentParser(prog=f"diffmoe {command}", description=description, allow_abbrev=False)
+
+    def error(message: str) -> NoReturn:
+        raise UserError(f"{message}; {parser.prog} --help lists all flags")  # argparse's own is two lines and an exit
+
+    parser.error = error
+    if images:
+        parser.add_argument("images", nargs=images, metavar="IMAGE", help="picture files of any size and kind")
+    parser.add_argument("--checkpoint", required=True, help="model file, such as checkpoints/cifar10_model.pth")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return parser
+
+
+def _print(results: Any, as_json: bool, table: Callable[[Any], object]) -> int:
+    if as_json:
         print(json.dumps(results, ensure_ascii=False, indent=2))
-        return 0
-    for result in results:
-        print(result["image"])
-        for row in result["predictions"]:
-            bar = "█" * round(row["probability"] * 30)
-            print(f"  {row['probability']:6.1%}  {row['class']:20} {bar}")
+    else:
+        table(results)
     return 0
 
 
-def _parse_or_raise(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
-    """Parse; argparse's own report is two lines and an exit, ours is a `UserError`."""
+def _print_predictions(results: list[dict[str, Any]]) -> None:
+    for result in results:
+        print(result["image"])
+        for name, title in (("predictions", ""), ("with_text", "  with the text:")):
+            if title and name in result:
+                print(title)
+            for row in result.get(name, ()):
+                bar = "█" * round(row["probability"] * 30)
+                print(f"  {row['probability']:6.1%}  {row['class']:20} {bar}")
+        for name, title in (("similarity", "similarity to the text"), ("log_probability", "log-probability a token")):
+            if name in result:
+                print(f"  {title}: {result[name]:.3f}")
 
-    def error(message: str) -> None:
-        raise UserError(f"{message}; {parser.prog} --help lists all flags")
 
-    parser.error = error  # pyright: ignore[reportAttributeAccessIssue] - the documented way is to override it
-    return parser.parse_args(argv)
+def _print_found(found: dict[str, Any]) -> None:
+    for row in found["results"]:
+        print(f"  {row['similarity']:6.3f}  {row['item']}")
+    print(f"picture: {found['picture']}   index: {found['index']}")

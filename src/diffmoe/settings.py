@@ -84,6 +84,20 @@ def parse_settings(argv: Sequence[str], prog: str = "diffmoe", mode: str | None 
     return Settings(mode=mode or parsed.mode, given=given, **groups)
 
 
+def parse_group(group: str, argv: Sequence[str], prog: str) -> Any:
+    """The config of one group alone, from its flags: for commands that need no other. Raises `UserError`."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    names = {field.name for field in dataclasses.fields(GROUPS[group])}
+    for word in argv:
+        name = word.removeprefix("--").partition("=")[0]
+        if word.startswith("--") and name not in names:
+            raise UserError(f"unknown flag --{name}{nearest(name, names)}; {prog} --help lists all flags")
+    parser = ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False)
+    parser.add_class_arguments(GROUPS[group], nested_key=None)
+    parsed = _parse(parser, list(argv))
+    return GROUPS[group](**{name: parsed[name] for name in names})
+
+
 def _parse(parser: ArgumentParser, argv: list[str]) -> Namespace:
     try:
         return parser.parse_args(argv)

@@ -23,6 +23,7 @@ from torch.optim import AdamW
 from tqdm import tqdm
 
 from diffmoe.config import TrainingConfig, UserError
+from diffmoe.model.captioner import Captioner
 
 Metrics = dict[str, float]
 
@@ -97,6 +98,29 @@ class ClassificationObjective(nn.Module):
         loss = task + out["router_loss"]
         accuracy = (out["logits"].argmax(-1) == labels).float().mean()
         parts = {name: out[name] for name in self.reported}
+        return loss, {"loss": loss, "task_loss": task, "accuracy": accuracy, **parts}
+
+
+class CaptionObjective(nn.Module):
+    """Cross-entropy of the next token plus the model's weighted auxiliary losses, contrast among them, for `fit`.
+
+    Args:
+        model: called with (images, tokens, mask), returns caption_features, router_loss and its parts; its
+            `caption_loss` scores the features.
+        label_smoothing: mass spread evenly over the tokens that can be written.
+    """
+
+    def __init__(self, model: Captioner, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.model = model
+        self.label_smoothing = label_smoothing
+
+    def forward(self, images: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """A batch -> the loss, and what to report; each a mean over the batch."""
+        out = self.model(images, tokens, mask, need_logits=False)
+        task, accuracy = self.model.caption_loss(out["caption_features"], tokens, mask, self.label_smoothing)
+        loss = task + out["router_loss"]
+        parts = {name: out[name] for name in ClassificationObjective.reported}
         return loss, {"loss": loss, "task_loss": task, "accuracy": accuracy, **parts}
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 from diffmoe import losses
 from diffmoe.config import ModelConfig
@@ -91,7 +93,7 @@ def test_a_model_without_fusion_gives_the_picture_alone() -> None:
     assert places(out) == [("image", 0), ("image", 1), ("text", 0)]
     torch.testing.assert_close(out["embedding"], out["image_features"].mean(1))
     with pytest.raises(ValueError, match="fusion_layers is 0"):
-        model.fuse(model.image_features(pictures()), torch.zeros(B, 1, D))
+        model.fuse(model.image_features(pictures()).features, torch.zeros(B, 1, D))
 
 
 def test_a_dense_model_has_no_routing_and_no_router_losses() -> None:
@@ -168,6 +170,54 @@ def test_a_text_that_ends_in_token_0_is_not_the_text_without_it() -> None:
     # Token 0 is a real one ("!" in CLIP's table): padding is known from the mask, never from an id.
     tokens, mask = torch.tensor([[1, 5, 0], [1, 5, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
     assert make().text_features(tokens, mask).first.tolist() == [0, 1]
+
+
+# --- Several processes ---
+
+
+def gradients(model: MultiModalMoE, images: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+    """Of the contrastive loss alone."""
+    loss = model(images, tokens, mask)["contrastive_loss"]
+    return torch.autograd.grad(loss, tuple(model.parameters()), materialize_grads=True)
+
+
+# Texts 0 and 3 are one, on different processes, which need not pad alike; 3 pictures and 2.
+GATHERED_TOKENS, GATHERED_MASK = TOKENS[[0, 1, 2, 0, 1]], MASK[[0, 1, 2, 0, 1]]
+SHARES = (slice(0, 3), slice(3, 5))
+
+
+def one_of_two(rank: int, folder: str) -> None:
+    """What one of the two processes does: writes the mean of both gradients, as DDP makes it."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    share = SHARES[rank]
+    tokens, mask = GATHERED_TOKENS[share], GATHERED_MASK[share]
+    if rank == 0:
+        tokens, mask = F.pad(tokens, (0, 2), value=9), F.pad(mask, (0, 2))
+    model = make().double()
+    images = pictures(5).double()[share]
+    found = gradients(model, images, tokens, mask)
+    for gradient in found:
+        torch.distributed.all_reduce(gradient)
+    loss = model(images, tokens, mask)["contrastive_loss"]
+    with torch.no_grad():
+        alone = model.eval()(images, tokens, mask)["contrastive_loss"]  # in evaluation nobody waits for others
+    torch.save((loss, alone, [gradient / 2 for gradient in found]), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_have_the_contrastive_loss_and_gradient_of_one_with_the_whole_batch(tmp_path: Path) -> None:
+    spawn(one_of_two, (str(tmp_path),), nprocs=2)
+    model, images = make().double(), pictures(5).double()
+    expected = gradients(model, images, GATHERED_TOKENS, GATHERED_MASK)
+    loss = model(images, GATHERED_TOKENS, GATHERED_MASK)["contrastive_loss"]
+    for rank, share in enumerate(SHARES):
+        found_loss, alone, found = torch.load(tmp_path / f"{rank}.pt")
+        torch.testing.assert_close(found_loss, loss)
+        torch.testing.assert_close(tuple(found), expected)
+        own = model(images[share], GATHERED_TOKENS[share], GATHERED_MASK[share])["contrastive_loss"]
+        torch.testing.assert_close(alone, own)
+        assert not torch.isclose(own, loss)
 
 
 # --- Padding ---

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-from diffmoe.commands import classification
+from diffmoe.commands import captions, classification
 from diffmoe.commands.preparation import pictures_folder
 from diffmoe.commands.training import train
 from diffmoe.data import check_dataset
@@ -22,7 +22,7 @@ from diffmoe.training import StopRequested
 
 __all__ = ["run"]
 
-TASKS: dict[str, ModuleType] = {"classification": classification}
+TASKS: dict[str, ModuleType] = {"classification": classification, "captions": captions}
 """Each has `prepare`, which gives the loop what it needs, and `test`."""
 
 
@@ -31,8 +31,7 @@ def run(settings: Settings) -> int:
     pick_device(settings.run.device)
     if settings.mode != "train":
         check_writable(pictures_folder(settings))
-    check_dataset(settings.data)
-    task = classification
+    task = TASKS[check_dataset(settings.data)]
     if settings.mode != "test":
         try:
             is_first_process = train(settings, task.prepare)

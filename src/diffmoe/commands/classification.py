@@ -17,12 +17,11 @@ from diffmoe.commands.preparation import (
     EVALUATION_BATCH,
     TrainingParts,
     data_info,
-    load_data,
     open_for_test,
     parameter_counts,
 )
 from diffmoe.config import ModelConfig, UserError
-from diffmoe.data import Augmentation, Batches, ImageDataset, Split, class_descriptions, tokenize
+from diffmoe.data import Augmentation, Batches, ImageDataset, Split, class_descriptions, load_dataset, tokenize
 from diffmoe.model.heads import ImageClassifier
 from diffmoe.settings import Settings
 from diffmoe.training import ClassificationObjective, Metrics
@@ -32,8 +31,8 @@ def prepare(settings: Settings, fabric: Fabric) -> TrainingParts:
     """The data, the model from its seed, and what the loop needs of them."""
     config = settings.training
     with fabric.rank_zero_first():  # the others find the cache that it made
-        data = load_data(settings.data, settings.model, show=fabric.is_global_zero)
-    assert isinstance(data, ImageDataset)
+        size = {"img_size": settings.model.img_size, "in_channels": settings.model.in_channels}
+        data = load_dataset(settings.data, **size, progress=fabric.is_global_zero)
     info = data_info(data, settings.data)
     batches = Batches(
         data.train,
@@ -63,14 +62,12 @@ def test(settings: Settings) -> None:
     """Score a model file on the test split: updates metrics.json, draws the pictures, prints the figures."""
     from diffmoe.visualization import figures
 
-    parts = open_for_test(settings, ImageClassifier)
-    data, info, model = parts.data, parts.checkpoint.data, parts.checkpoint.model
-    assert isinstance(data, ImageDataset)
-    assert isinstance(model, ImageClassifier)
+    parts = open_for_test(settings, ImageClassifier, load_dataset)
+    data, info, model = parts.data, parts.info, parts.model
     if data.class_names != info.class_names:
         raise UserError(f"{parts.path} was trained on the classes of {info.dataset}, not on those of {data.name}")
     batches = _in_order(data.test, info, parts.device, settings.data.num_workers)
-    predictions = _predict(model.to(parts.device), batches)
+    predictions = _predict(model, batches)
     metrics = evaluation.classification_metrics(predictions, len(info.class_names))
     parts.files.update_metrics(
         {"dataset": data.name, "mode": settings.mode}

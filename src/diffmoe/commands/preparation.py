@@ -6,16 +6,17 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
 
-from diffmoe.checkpoint import Checkpoint, DataInfo, load_checkpoint
+from diffmoe.checkpoint import DataInfo, load_checkpoint
 from diffmoe.config import DataConfig, ModelConfig, UserError, dataset_name
-from diffmoe.data import VOCAB_SIZE, ImageDataset, load_dataset
+from diffmoe.data import VOCAB_SIZE, CaptionDataset, ImageDataset
 from diffmoe.files import check_writable
 from diffmoe.hardware import keep_freed_memory, pick_device, use_fast_matmul
+from diffmoe.model.captioner import Captioner
 from diffmoe.model.heads import ImageClassifier
 from diffmoe.profiling import count_parameters
 from diffmoe.runs import RunFiles
@@ -26,11 +27,15 @@ EVALUATION_BATCH = 500
 """Pictures at a time in evaluation; no result depends on it."""
 
 
+M = TypeVar("M", ImageClassifier, Captioner)
+D = TypeVar("D", ImageDataset, CaptionDataset)
+
+
 @dataclass(frozen=True)
 class TrainingParts:
     """What a task hands to the loop."""
 
-    model: ImageClassifier
+    model: ImageClassifier | Captioner
     objective: nn.Module
     """Holds the model; a batch -> loss and metrics."""
     batches: Batches
@@ -42,37 +47,39 @@ class TrainingParts:
 
 
 @dataclass(frozen=True)
-class TestParts:
+class Opened(Generic[M, D]):
     """What a task's test begins with."""
 
-    checkpoint: Checkpoint
-    data: ImageDataset
+    path: Path
+    model: M
+    """On its device, in evaluation mode."""
+    info: DataInfo
+    data: D
     files: RunFiles
     pictures: Path
+    """Folder for the pictures."""
     device: torch.device
-    path: Path
 
 
-def open_for_test(settings: Settings, head: type[nn.Module]) -> TestParts:
-    """Check everything before work begins, then load the model, which must have this head, and its data."""
+def open_for_test(settings: Settings, head: type[M], load: Callable[..., D]) -> Opened[M, D]:
+    """Check everything before work begins; then the model, which must have this head, and its data through `load`."""
     dataset = settings.data.dataset
     files = RunFiles(dataset, settings.run.save_dir)
     path = Path(settings.run.checkpoint or files.model)
     check_writable(files.folder)
     files.read_metrics()
     checkpoint = load_checkpoint(path)
-    if not isinstance(checkpoint.model, head):
-        raise UserError(f"{path} was trained on {checkpoint.data.dataset}, for another task than {dataset}'s")
-    check_fits(settings, checkpoint.model.config, path)
-    info = checkpoint.data
-    data_config = dataclasses.replace(
-        settings.data, val_fraction=info.val_fraction, test_fraction=info.test_fraction, split_seed=info.split_seed
-    )
+    model, info = checkpoint.model, checkpoint.data
+    if not isinstance(model, head):
+        raise UserError(f"{path} was trained on {info.dataset}, for another task than {dataset}'s")
+    check_fits(settings, model.config, path)
+    splits = ("val_fraction", "test_fraction", "split_seed")  # so that testing never meets what training saw
+    data_config = dataclasses.replace(settings.data, **{name: getattr(info, name) for name in splits})
     use_fast_matmul()
     keep_freed_memory()
     device = pick_device(settings.run.device)
-    data = load_data(data_config, checkpoint.model.config)
-    return TestParts(checkpoint, data, files, pictures_folder(settings), device, path)
+    data = load(data_config, img_size=model.config.img_size, in_channels=model.config.in_channels)
+    return Opened(path, model.to(device), info, data, files, pictures_folder(settings), device)
 
 
 def pictures_folder(settings: Settings) -> Path:
@@ -80,15 +87,11 @@ def pictures_folder(settings: Settings) -> Path:
     return Path(settings.visualization.output_dir) / dataset_name(settings.data.dataset)
 
 
-def load_data(config: DataConfig, model: ModelConfig, show: bool = True) -> ImageDataset:
-    """The set at the model's picture size."""
-    return load_dataset(config, img_size=model.img_size, in_channels=model.in_channels, progress=show)
-
-
-def data_info(data: ImageDataset, config: DataConfig) -> DataInfo:
+def data_info(data: ImageDataset | CaptionDataset, config: DataConfig) -> DataInfo:
     """What a model file says of its data."""
+    class_names = data.class_names if isinstance(data, ImageDataset) else ()
     fractions = (config.val_fraction, config.test_fraction, config.split_seed)
-    return DataInfo(data.name, data.class_names, data.mean, data.std, *fractions)
+    return DataInfo(data.name, class_names, data.mean, data.std, *fractions)
 
 
 def check_vocabulary(config: ModelConfig) -> None:

@@ -107,6 +107,11 @@ def _list_classes(folder: Path) -> dict[str, tuple[str, ...]]:
     return classes
 
 
+def picture_files(root: Path) -> tuple[str, ...]:
+    """All pictures in a folder and the folders in it, as sorted paths from it."""
+    return tuple(sorted(_list_pictures(root, root)))
+
+
 def _list_pictures(folder: Path, root: Path) -> Iterator[str]:
     for parent, subfolders, files in os.walk(folder, followlinks=True):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]

@@ -6,13 +6,16 @@ Shapes: B batch, N tokens of the sequence itself, S tokens of the context, D wid
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffmoe.config import ModelConfig
+from diffmoe.model.cache import CaptionCache, KeyValues
 from diffmoe.model.layers import Attention, Expert
 from diffmoe.model.moe import GeneralExperts, Routing
 
@@ -41,6 +44,10 @@ class Encoded:
     """One a block; empty where the model is dense."""
     attention: tuple[AttentionMap, ...] = ()
     """Empty unless asked for."""
+
+
+BlockOutput = tuple[Tensor, Routing | None, tuple[AttentionMap, ...]]
+"""What a layer returns: the sequence, where its tokens were sent (None where dense), attention maps if asked for."""
 
 
 class UnifiedModalEncoder(nn.Module):
@@ -81,20 +88,28 @@ class UnifiedModalEncoder(nn.Module):
             )
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, causal: bool = False, need_weights: bool = False
-    ) -> tuple[Tensor, Routing | None, Tensor | None]:
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        need_weights: bool = False,
+        past: KeyValues | None = None,
+    ) -> BlockOutput:
         """One block.
 
         Args:
             x: (B, N, D).
             mask: (B, N) bool, True at real tokens.
             causal: a token sees itself and the past only.
-            need_weights: also return the attention weights.
+            need_weights: also return the attention map.
+            past: of the tokens before x, for its attention.
 
         Returns:
-            (B, N, D); the `Routing`, None where dense; the weights (B, H, N, N), None where not asked for.
+            (B, N, D); the `Routing`, None where dense; the attention map, none where not asked for.
         """
-        attended, weights = self.attention(self.attention_norm(x), mask=mask, causal=causal, need_weights=need_weights)
+        attended, weights = self.attention(
+            self.attention_norm(x), mask=mask, causal=causal, need_weights=need_weights, past=past
+        )
         x = x + attended
         if isinstance(self.general_experts, GeneralExperts):
             routed, routing = self.general_experts(x, mask)
@@ -104,33 +119,45 @@ class UnifiedModalEncoder(nn.Module):
         out = x + self.global_expert(x) + routed
         if self.modality_expert is not None:
             out = out + self.modality_expert(x)
-        return out, routing, weights
+        maps = () if weights is None else (AttentionMap(weights, self.place, self.layer),)
+        return out, routing, maps
 
 
-class _Tower(nn.Module):
-    """A stack of blocks of one place, with gradient checkpointing where the config asks for it."""
+class _Stack(nn.Module):
+    """Runs layers one after another, with gradient checkpointing where the config asks for it."""
 
-    def __init__(self, config: ModelConfig, place: Place, num_layers: int, causal: bool) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(UnifiedModalEncoder(config, place, layer) for layer in range(num_layers))
-        self.place: Place = place
-        self.causal = causal
         self.use_gradient_checkpointing = config.use_gradient_checkpointing
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, need_weights: bool = False) -> Encoded:
-        """(B, N, D), and mask (B, N) True at real tokens -> `Encoded`."""
+    def run(self, layers: nn.ModuleList, x: Tensor, *args: Any, caches: Iterable[tuple[Any, ...]] | None) -> Encoded:
+        """`x` through `layers`, each called with (x, *args, *its own cache)."""
         routings: list[Routing] = []
         maps: list[AttentionMap] = []
-        for layer, block in enumerate(self.blocks):
+        for layer, cache in zip(layers, itertools.repeat(()) if caches is None else caches, strict=False):
             if self.use_gradient_checkpointing and self.training:
-                x, routing, weights = checkpoint(block, x, mask, self.causal, need_weights, use_reentrant=False)
+                x, routing, attention = checkpoint(layer, x, *args, *cache, use_reentrant=False)
             else:
-                x, routing, weights = block(x, mask, self.causal, need_weights)
-            if routing is not None:
-                routings.append(routing)
-            if weights is not None:
-                maps.append(AttentionMap(weights, self.place, layer))
+                x, routing, attention = layer(x, *args, *cache)
+            routings += [] if routing is None else [routing]
+            maps += attention
         return Encoded(x, tuple(routings), tuple(maps))
+
+
+class _Tower(_Stack):
+    """A stack of blocks of one place."""
+
+    def __init__(self, config: ModelConfig, place: Place, num_layers: int, causal: bool) -> None:
+        super().__init__(config)
+        self.blocks = nn.ModuleList(UnifiedModalEncoder(config, place, layer) for layer in range(num_layers))
+        self.causal = causal
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, need_weights: bool = False, cache: CaptionCache | None = None
+    ) -> Encoded:
+        """(B, N, D), and mask (B, N) True at real tokens -> `Encoded`; with a cache, x are the tokens after its own."""
+        caches = None if cache is None else zip(cache.text, strict=True)
+        return self.run(self.blocks, x, mask, self.causal, need_weights, caches=caches)
 
 
 class ImageEncoder(_Tower):
@@ -157,65 +184,77 @@ class FusionLayer(nn.Module):
         self.cross_attention = Attention(config.embed_dim, config.num_heads, config.dropout, config.attention)
         self.block = UnifiedModalEncoder(config, "fusion", layer)
 
+    def context_keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """What the cross-attention needs of its context (B, S, D), whatever the query: (B, H, S, D / H) each."""
+        return self.cross_attention.keys_values(self.context_norm(context))
+
     def forward(
         self,
         query: Tensor,
-        context: Tensor,
+        context: Tensor | None,
         query_mask: Tensor | None = None,
         context_mask: Tensor | None = None,
         causal: bool = False,
         need_weights: bool = False,
-    ) -> tuple[Tensor, Routing | None, Tensor | None, Tensor | None]:
-        """(B, N, D) on (B, S, D) -> (B, N, D), `Routing`, self-attention and cross-attention weights."""
-        attended, cross_weights = self.cross_attention(
-            self.query_norm(query), self.context_norm(context), mask=context_mask, need_weights=need_weights
-        )
-        x, routing, weights = self.block(query + attended, query_mask, causal, need_weights)
-        return x, routing, weights, cross_weights
+        past: KeyValues | None = None,
+        context_keys_values: tuple[Tensor, Tensor] | None = None,
+    ) -> BlockOutput:
+        """(B, N, D) on (B, S, D) -> (B, N, D), `Routing`, maps of the cross- and the self-attention.
+
+        `context_keys_values` spares computing them; the context itself is not read then.
+        """
+        if context_keys_values is None:
+            assert context is not None
+            context_keys_values = self.context_keys_values(context)
+        allowed = None if context_mask is None else context_mask[:, None, None, :].bool()
+        # Neighbouring rows of the query may share one row of the context: nothing is causal here, so they are one row.
+        normed, num_contexts = self.query_norm(query), len(context_keys_values[0])
+        if len(query) != num_contexts:
+            normed = normed.reshape(num_contexts, -1, query.shape[-1])
+        attended, weights = self.cross_attention.attend(normed, *context_keys_values, allowed, need_weights)
+        x, routing, maps = self.block(query + attended.view_as(query), query_mask, causal, need_weights, past)
+        if weights is not None:
+            maps = (AttentionMap(weights, "fusion", self.block.layer, cross=True), *maps)
+        return x, routing, maps
 
 
-class CrossModalFusion(nn.Module):
+class CrossModalFusion(_Stack):
     """Fusion encoder: layers in which `query` (one modality) reads `context` (the other).
 
     Pictures read text for classification and matching; text reads pictures, causally, for captioning.
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         self.layers = nn.ModuleList(FusionLayer(config, layer) for layer in range(config.fusion_layers))
-        self.use_gradient_checkpointing = config.use_gradient_checkpointing
+
+    def context_keys_values(self, context: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """What each layer's cross-attention needs of the context (B, S, D), whatever the query."""
+        layers = [layer for layer in self.layers if isinstance(layer, FusionLayer)]
+        # Read again and again: in one piece each, or every product would copy them first.
+        pairs = [layer.context_keys_values(context) for layer in layers]
+        return [(keys.contiguous(), values.contiguous()) for keys, values in pairs]
 
     def forward(
         self,
         query: Tensor,
-        context: Tensor,
+        context: Tensor | None,
         query_mask: Tensor | None = None,
         context_mask: Tensor | None = None,
         causal: bool = False,
         need_weights: bool = False,
+        cache: CaptionCache | None = None,
     ) -> Encoded:
         """Fuse.
 
         Args:
             query: (B, N, D), the sequence that comes out.
-            context: (B, S, D), what it reads.
+            context: (B, S, D), what it reads; None where the cache has it.
             query_mask: (B, N) bool, True at real tokens.
             context_mask: (B, S) bool, True at real tokens.
             causal: a query token sees only itself and the queries before it; it always sees the whole context.
             need_weights: also return the attention maps.
+            cache: of the tokens before the query, and of the context.
         """
-        routings: list[Routing] = []
-        maps: list[AttentionMap] = []
-        x = query
-        for number, layer in enumerate(self.layers):
-            args = (x, context, query_mask, context_mask, causal, need_weights)
-            if self.use_gradient_checkpointing and self.training:
-                x, routing, weights, cross_weights = checkpoint(layer, *args, use_reentrant=False)
-            else:
-                x, routing, weights, cross_weights = layer(*args)
-            if routing is not None:
-                routings.append(routing)
-            if need_weights:
-                maps += [AttentionMap(cross_weights, "fusion", number, cross=True)]
-                maps += [AttentionMap(weights, "fusion", number)]
-        return Encoded(x, tuple(routings), tuple(maps))
+        caches = None if cache is None else zip(cache.fusion, cache.pictures, strict=True)
+        return self.run(self.layers, query, context, query_mask, context_mask, causal, need_weights, caches=caches)

@@ -97,7 +97,7 @@ class ImageClassifier(nn.Module):
         fused = None
         if self.reads_descriptions and classes is not None:
             context = classes.pooled.expand(len(images), -1, -1)
-            fused = self.backbone.fuse(image, context, need_weights=need_weights)
+            fused = self.backbone.fuse(image.features, context, need_weights=need_weights)
         out = self.backbone.assemble(image, classes, fused, text_of_image=labels)
         out["logits"] = self.head(out["embedding"])
         if classes is not None:

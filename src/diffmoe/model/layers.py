@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffmoe.model.cache import KeyValues
+
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 
 
@@ -140,6 +142,7 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         causal: bool = False,
         need_weights: bool = False,
+        past: KeyValues | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend.
 
@@ -149,18 +152,31 @@ class Attention(nn.Module):
             mask: (B, S) bool, True at context tokens that may be attended to.
             causal: token n sees context tokens up to n only (self-attention).
             need_weights: also return the attention map.
+            past: keys and values of the tokens before the query (self-attention): seen too, and extended by its own.
 
         Returns:
             (B, N, D), and the weights (B, H, N, S) or None.
         """
-        context = query if context is None else context
+        keys, values = self.keys_values(query if context is None else context)
+        if past is not None:
+            keys, values = past.append(keys, values)
+        allowed = _allowed(query.shape[1], keys.shape[2], mask, causal, query.device)
+        return self.attend(query, keys, values, allowed, need_weights)
+
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, S, D) -> what a query compares itself with and what it gets, (B, H, S, D / H) each."""
+        keys, values = self.key_value(context).chunk(2, dim=-1)
+        return self._heads(keys), self._heads(values)
+
+    def attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None = None, need_weights: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """`forward` on what `keys_values` returned; `allowed` is bool, broadcastable to (B, H, N, S), None is all."""
         q_BHNd = self._heads(self.query(query))
-        k_BHSd, v_BHSd = (self._heads(t) for t in self.key_value(context).chunk(2, dim=-1))
-        allowed = _allowed(query.shape[1], context.shape[1], mask, causal, query.device)
         if need_weights or self.kernel == "explicit" or (self.kernel == "auto" and query.device.type == "cpu"):
-            x_BHNd, weights = _explicit_attention(q_BHNd, k_BHSd, v_BHSd, allowed)
+            x_BHNd, weights = _explicit_attention(q_BHNd, keys, values, allowed)
         else:
-            x_BHNd, weights = F.scaled_dot_product_attention(q_BHNd, k_BHSd, v_BHSd, attn_mask=allowed), None
+            x_BHNd, weights = F.scaled_dot_product_attention(q_BHNd, keys, values, attn_mask=allowed), None
         x = self.out(x_BHNd.transpose(1, 2).flatten(2))
         return self.dropout(x), weights if need_weights else None
 
@@ -171,10 +187,13 @@ class Attention(nn.Module):
 def _allowed(
     num_query: int, num_context: int, mask: Tensor | None, causal: bool, device: torch.device
 ) -> Tensor | None:
-    """Which query may see which context token, broadcastable to (B, H, N, S); None is all."""
+    """Which query may see which context token, broadcastable to (B, H, N, S); None is all.
+
+    A causal query is the end of its context: its last token sees all of it.
+    """
     allowed = mask[:, None, None, :].bool() if mask is not None else None
-    if causal:
-        past_NS = torch.ones(num_query, num_context, dtype=torch.bool, device=device).tril()
+    if causal and num_query > 1:
+        past_NS = torch.ones(num_query, num_context, dtype=torch.bool, device=device).tril(num_context - num_query)
         allowed = past_NS if allowed is None else allowed & past_NS
     return allowed
 

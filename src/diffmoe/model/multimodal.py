@@ -5,6 +5,7 @@ Shapes: B pictures, U texts, N image tokens, T text tokens, D width, V vocabular
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 
 from diffmoe import losses
 from diffmoe.config import ModelConfig
+from diffmoe.model.cache import CaptionCache, KeyValues
 from diffmoe.model.encoders import AttentionMap, CrossModalFusion, Encoded, ImageEncoder, TextEncoder
+from diffmoe.model.gather import gather_rows, world_size
 from diffmoe.model.layers import PatchEmbed
 from diffmoe.model.moe import AttentiveRouter, GeneralExperts, Routing
 
@@ -42,6 +45,8 @@ class ImageFeatures:
 class TextFeatures:
     """Texts after the text tower."""
 
+    tokens: Tensor
+    """(U, T) int64 ids, -1 at padding."""
     features: Tensor
     """(U, T, D) tokens."""
     mask: Tensor
@@ -111,27 +116,44 @@ class MultiModalMoE(nn.Module):
         self, text_tokens: Tensor, attention_mask: Tensor | None = None, need_weights: bool = False
     ) -> TextFeatures:
         """(U, T) int64 tokens and their mask (1 = real, on the left) through the text tower."""
-        num_tokens = text_tokens.shape[1]
-        if num_tokens > self.config.max_text_len:
-            raise ValueError(f"a text of {num_tokens} tokens is over max_text_len ({self.config.max_text_len})")
         mask = torch.ones_like(text_tokens) if attention_mask is None else attention_mask
-        x = self.token_projection(self.token_embedding(text_tokens))
-        x = x + self.text_position[:num_tokens] + self.modality_embedding[TEXT]
-        encoded: Encoded = self.text_encoder(x, mask.bool(), need_weights=need_weights)
-        features = self.text_norm(encoded.features)
+        encoded = self.read_tokens(text_tokens, mask.bool(), need_weights)
+        features = encoded.features
         last = mask.long().sum(-1) - 1
         pooled = features[torch.arange(len(last), device=last.device), last]
         weight = mask.to(features)[..., None]
+        tokens = text_tokens.masked_fill(~mask.bool(), -1)
         return TextFeatures(
+            tokens,
             features,
             mask.bool(),
             (features * weight).sum(1) / weight.sum(1),
             pooled,
             F.normalize(self.text_projection(pooled), dim=-1),
-            losses.first_occurrence(text_tokens.masked_fill(~mask.bool(), -1)),
+            losses.first_occurrence(tokens),
             encoded.routing,
             encoded.attention,
         )
+
+    def read_tokens(
+        self,
+        text_tokens: Tensor,
+        mask: Tensor | None = None,
+        need_weights: bool = False,
+        cache: CaptionCache | None = None,
+    ) -> Encoded:
+        """(U, T) int64 tokens through the text tower; with a cache, the tokens after those that it holds.
+
+        Raises `ValueError` where the text becomes longer than max_text_len.
+        """
+        start = 0 if cache is None else cache.length
+        end = start + text_tokens.shape[1]
+        if end > self.config.max_text_len:
+            raise ValueError(f"a text of {end} tokens is over max_text_len ({self.config.max_text_len})")
+        x = self.token_projection(self.token_embedding(text_tokens))
+        x = x + self.text_position[start:end] + self.modality_embedding[TEXT]
+        encoded: Encoded = self.text_encoder(x, mask, need_weights, cache)
+        return dataclasses.replace(encoded, features=self.text_norm(encoded.features))
 
     def encode_image(self, images: Tensor) -> Tensor:
         """(B, C, H, W) normalised pictures -> (B, D) unit-norm embeddings, comparable with `encode_text`'s."""
@@ -142,13 +164,37 @@ class MultiModalMoE(nn.Module):
         return self.text_features(text_tokens, attention_mask).embedding
 
     def fuse(
-        self, image: ImageFeatures, context: Tensor, context_mask: Tensor | None = None, need_weights: bool = False
+        self,
+        query: Tensor,
+        context: Tensor | None,
+        query_mask: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        causal: bool = False,
+        need_weights: bool = False,
+        cache: CaptionCache | None = None,
     ) -> Encoded:
-        """Pictures read text: image tokens (B, N, D) attend to `context` (B, S, D). Raises where fusion_layers is 0."""
+        """One modality, `query` (B, N, D), reads the other, `context` (B, S, D): as `CrossModalFusion`, normalised.
+
+        Raises `ValueError` where fusion_layers is 0.
+        """
+        fusion, norm = self._fusion()
+        encoded: Encoded = fusion(query, context, query_mask, context_mask, causal, need_weights, cache)
+        return dataclasses.replace(encoded, features=norm(encoded.features))
+
+    def caption_cache(self, image_features: Tensor) -> CaptionCache:
+        """An empty cache for captions of these pictures (B, N, D), whose keys and values are computed here, once."""
+        fusion, _ = self._fusion()
+        max_len = self.config.max_text_len
+        return CaptionCache(
+            [KeyValues(max_len) for _ in self.text_encoder.blocks],
+            [KeyValues(max_len) for _ in fusion.layers],
+            fusion.context_keys_values(image_features),
+        )
+
+    def _fusion(self) -> tuple[CrossModalFusion, nn.LayerNorm]:
         if self.fusion is None or self.fusion_norm is None:
             raise ValueError("fusion_layers is 0: this model has no fusion")
-        encoded: Encoded = self.fusion(image.features, context, None, context_mask, need_weights=need_weights)
-        return Encoded(self.fusion_norm(encoded.features), encoded.routing, encoded.attention)
+        return self.fusion, self.fusion_norm
 
     def forward(
         self,
@@ -173,8 +219,10 @@ class MultiModalMoE(nn.Module):
         if text_tokens is None:
             return self.assemble(image)
         text = self.text_features(text_tokens, attention_mask, need_weights)
-        fused = self.fuse(image, text.features, text.mask, need_weights) if self.fusion is not None else None
-        return self.assemble(image, text, fused, text_of_image=text.first)
+        fused = None
+        if self.fusion is not None:
+            fused = self.fuse(image.features, text.features, context_mask=text.mask, need_weights=need_weights)
+        return self.assemble(image, text, fused, paired=True)
 
     def assemble(
         self,
@@ -182,22 +230,26 @@ class MultiModalMoE(nn.Module):
         text: TextFeatures | None = None,
         fused: Encoded | None = None,
         text_of_image: Tensor | None = None,
+        paired: bool = False,
     ) -> dict[str, Any]:
         """The output of `forward` from its parts, with the losses.
 
         `text_of_image` (B,) int64, the row of `text` that describes each picture, enters the two cross-modal losses
-        and nothing else; None leaves them at 0.
+        and nothing else; None leaves them at 0. `paired` instead: text b is picture b's own, and in training a picture
+        is told from the texts of all processes.
         """
         text_routing, text_attention = (text.routing, text.attention) if text else ((), ())
         fused_routing, fused_attention = (fused.routing, fused.attention) if fused else ((), ())
         routing = image.routing + text_routing + fused_routing
         out = self._routing_losses(routing, image.features)
         alignment = contrastive = image.features.new_zeros(())
-        if text is not None and text_of_image is not None:
+        if text is not None and paired:
+            alignment = losses.cross_modal_alignment_loss(image.pooled, text.mean)
+            contrastive = self._contrast_pairs(image, text)
+        elif text is not None and text_of_image is not None:
             alignment = losses.cross_modal_alignment_loss(image.pooled, text.mean[text_of_image])
-            distinct = text.first == torch.arange(len(text.first), device=text.first.device)
             contrastive = losses.contrastive_loss(
-                image.embedding, text.embedding, text.first[text_of_image], self.scale, distinct
+                image.embedding, text.embedding, text.first[text_of_image], self.scale, _is_first(text.first)
             )
         config = self.config
         if self.training and config.balance_bias_rate > 0:
@@ -215,6 +267,15 @@ class MultiModalMoE(nn.Module):
         out["routing"] = routing
         out["attention"] = image.attention + text_attention + fused_attention
         return out
+
+    def _contrast_pairs(self, image: ImageFeatures, text: TextFeatures) -> Tensor:
+        """The contrastive loss where text b is picture b's own, over the batches of all processes in training."""
+        images, texts, first = image.embedding, text.embedding, text.first
+        if self.training and world_size() > 1:
+            tokens = F.pad(text.tokens, (0, self.config.max_text_len - text.tokens.shape[1]), value=-1)
+            images, texts, tokens = gather_rows(images, texts, tokens)
+            first = losses.first_occurrence(tokens)
+        return losses.contrastive_loss(images, texts, first, self.scale, _is_first(first))
 
     def _routing_losses(self, routings: tuple[Routing, ...], like: Tensor) -> dict[str, Any]:
         """The routers' losses, summed over blocks, and `router_loss`, their weighted sum so far."""
@@ -249,6 +310,11 @@ class MultiModalMoE(nn.Module):
         position = self.image_position.unflatten(1, (grid, grid)).permute(0, 3, 1, 2)
         position = F.interpolate(position, size=(height, width), mode="bicubic", antialias=True)
         return position.flatten(2).transpose(1, 2)
+
+
+def _is_first(first: Tensor) -> Tensor:
+    """(U,) bool, False at texts that repeat another one."""
+    return first == torch.arange(len(first), device=first.device)
 
 
 def init_weights(model: nn.Module, std: float) -> None:

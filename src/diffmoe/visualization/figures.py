@@ -42,16 +42,22 @@ MARKERS_UP_TO = 25
 
 
 @styled()
-def training_curves(history: History) -> Figure:
+def training_curves(history: History, accuracy: str = "Accuracy") -> Figure:
     """How to read it: loss should fall and accuracy rise; a growing gap between train and validation is overfitting.
 
     `history` has a row for each epoch: `epoch`, and any of `train_loss`, `task_loss` (its part without the auxiliary
     losses), `val_loss`, `train_accuracy`, `val_accuracy` (0 to 1), `lr`. Every further key that ends in `_loss` is an
-    auxiliary loss and gets a small panel with a scale of its own. What is missing or nan is left out.
+    auxiliary loss and gets a small panel with a scale of its own. What is missing or nan is left out. `accuracy` is
+    what the accuracy is of.
     """
     keys = {key: None for row in history for key in row if math.isfinite(row[key])}
     parts = [key for key in keys if key.endswith("_loss") and key not in MAIN_LOSSES]
-    main = [panel for panel, needs in MAIN_PANELS if needs & keys.keys()]
+    panels: tuple[tuple[Panel, set[str]], ...] = (
+        (_loss_panel, MAIN_LOSSES),
+        (partial(_accuracy_panel, title=accuracy), {"train_accuracy", "val_accuracy"}),
+        (_learning_rate_panel, {"lr"}),
+    )
+    main = [panel for panel, needs in panels if needs & keys.keys()]
     auxiliary = [partial(_auxiliary_panel, key=key) for key in parts]
     rows: list[list[Panel]] = [main] if main else []
     rows += [[*auxiliary[start : start + 4]] for start in range(0, len(auxiliary), 4)]
@@ -90,7 +96,7 @@ def _loss_panel(axes: Axes, history: History) -> None:
     axes.legend(loc="upper right")
 
 
-def _accuracy_panel(axes: Axes, history: History) -> None:
+def _accuracy_panel(axes: Axes, history: History, title: str) -> None:
     _curve(axes, history, "train_accuracy", color=style.BLUE, label="train")
     _curve(axes, history, "val_accuracy", color=style.VERMILLION, linestyle="--", label="validation")
     validated = [row for row in history if math.isfinite(row.get("val_accuracy", math.nan))]
@@ -99,7 +105,7 @@ def _accuracy_panel(axes: Axes, history: History) -> None:
         label = f"best: {best['val_accuracy']:.1%}, epoch {best['epoch']:g}"
         star = {"marker": "*", "markersize": 12, "color": style.VERMILLION, "markeredgecolor": "white"}
         axes.plot(best["epoch"], best["val_accuracy"], linestyle="", zorder=4, label=label, **star)
-    axes.set_title("Accuracy")
+    axes.set_title(title)
     axes.yaxis.set_major_formatter(style.percent_tick)
     axes.legend(loc="lower right")
 
@@ -114,14 +120,6 @@ def _learning_rate_panel(axes: Axes, history: History) -> None:
 def _auxiliary_panel(axes: Axes, history: History, key: str) -> None:
     _curve(axes, history, key, color=style.INK)
     axes.set_title(AUXILIARY_TITLES.get(key, key.replace("_", " ").capitalize()))
-
-
-MAIN_PANELS: tuple[tuple[Panel, set[str]], ...] = (
-    (_loss_panel, MAIN_LOSSES),
-    (_accuracy_panel, {"train_accuracy", "val_accuracy"}),
-    (_learning_rate_panel, {"lr"}),
-)
-"""The panels of the first row, and the keys of which each needs one."""
 
 
 @styled()

@@ -124,6 +124,11 @@ def labels(class_names: Sequence[str], max_width: int = 24) -> list[str]:
     return [_label(name, number, max_width) for number, name in enumerate(class_names)]
 
 
+def drawable(text: str) -> str:
+    """`text` on one line, with "?" for each character that no installed font has, where a box would be drawn."""
+    return "".join(letter if ord(letter) in _drawable() else "?" for letter in " ".join(text.split()))
+
+
 def _label(name: str, number: int, max_width: int) -> str:
     name = " ".join(name.split())
     if not all(ord(letter) in _drawable() for letter in name):

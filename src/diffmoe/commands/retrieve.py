@@ -1,0 +1,158 @@
+"""`retrieve`: the pictures of a gallery that a text asks for, or the texts that fit a picture, through an index."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffmoe.commands.use import BATCH, UsedModel, open_model
+from diffmoe.config import DataConfig, UserError, dataset_name
+from diffmoe.data import LazyImages, check_dataset, load_captions, load_dataset
+from diffmoe.data.folders import FilePictures, picture_files
+from diffmoe.files import check_writable
+from diffmoe.retrieval import Index, gallery_fingerprint, model_fingerprint
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Pictures to search, and the captions that they come with."""
+
+    names: tuple[str, ...]
+    images: Tensor | LazyImages
+    """uint8 (N, C, H, W)."""
+    texts: tuple[str, ...]
+    key: str
+    """Changes with the pictures."""
+
+
+def retrieve(
+    checkpoint: str,
+    gallery: str,
+    *,
+    text: str | None = None,
+    image: str | None = None,
+    sentences: str | None = None,
+    data_dir: str | None = None,
+    split: str = "test",
+    index: str | None = None,
+    overwrite: bool = False,
+    top: int = 8,
+    output_dir: str = "visualizations",
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Search, and draw what was found: `{query, index, picture, results: [{item, similarity}]}`.
+
+    Args:
+        checkpoint: model file.
+        gallery: a folder of pictures, or a dataset (its `split`).
+        text: asks for pictures of the gallery.
+        image: a picture file; asks for texts.
+        sentences: file of texts, one a line; default: the gallery's captions.
+        data_dir: folder that holds the dataset.
+        split: of a dataset: train, validation or test.
+        index: file that keeps the embeddings; default `<output_dir>/<gallery>/<pictures or texts>.safetensors`.
+        overwrite: make the index again where it is of another model or gallery.
+        top: how many to find.
+        output_dir: for the index and the picture.
+        device: where to compute.
+    """
+    if (text is None) == (image is None):
+        raise UserError("retrieve needs either --text, which asks for pictures, or --image, which asks for texts")
+    folder = Path(output_dir) / dataset_name(gallery)
+    check_writable(folder)
+    used = open_model(checkpoint, device)
+    query = used.encode_texts([text]) if text is not None else used.encode_pictures(used.read([str(image)]))
+    found = _open_gallery(used, gallery, data_dir, split)
+    wanted = found.names if text is not None else _texts(found, sentences)
+    kind = "pictures" if text is not None else "texts"
+    key = found.key if text is not None else gallery_fingerprint(wanted)
+    path = Path(index) if index else folder / f"{kind}.safetensors"
+    stored = _open_index(path, model_fingerprint(used.model), key, overwrite)
+    if stored is None:
+        embeddings = _encode_gallery(used, found.images) if text is not None else used.encode_texts(wanted)
+        stored = Index(embeddings, tuple(wanted), kind, model_fingerprint(used.model), key)
+        stored.save(path)
+    scores, rows = (tensor[0] for tensor in stored.search(query, top))
+    picture = _draw(used, found, text, image, stored, scores, rows, folder)
+    results = [
+        {"item": stored.items[row], "similarity": score}
+        for row, score in zip(rows.tolist(), scores.tolist(), strict=True)
+    ]
+    return {"query": text or image, "index": str(path), "picture": str(picture), "results": results}
+
+
+def _open_gallery(used: UsedModel, gallery: str, data_dir: str | None, split: str) -> Gallery:
+    config = used.model.config
+    size: dict[str, Any] = {"img_size": config.img_size, "in_channels": config.in_channels}
+    folder = Path(gallery).expanduser()
+    if data_dir is None and folder.is_dir() and (names := picture_files(folder)) and not (folder / "train").is_dir():
+        files = FilePictures(folder, names)
+        paths = tuple(str(folder / name) for name in names)
+        return Gallery(paths, LazyImages.of(files, **size), (), gallery_fingerprint(paths, [Path(p) for p in paths]))
+    data_config = DataConfig(dataset=gallery, data_dir=data_dir)
+    if split not in ("train", "validation", "test"):
+        raise UserError(f"split is {split!r}: it must be train, validation or test")
+    if check_dataset(data_config) == "captions":
+        captioned = getattr(load_captions(data_config, **size), split)
+        images, texts = captioned.images, tuple(t for of_picture in captioned.captions for t in of_picture)
+    else:
+        images, texts = getattr(load_dataset(data_config, **size), split).images, ()
+    names = tuple(f"{dataset_name(gallery)} {split} {row}" for row in range(len(images)))
+    sample = images[torch.arange(0, len(images), max(1, len(images) // 50))]
+    content = hashlib.sha256(sample.numpy().tobytes()).hexdigest()
+    return Gallery(names, images, texts, gallery_fingerprint([content, *names]))
+
+
+def _texts(gallery: Gallery, sentences: str | None) -> tuple[str, ...]:
+    if sentences is None:
+        if not gallery.texts:
+            raise UserError("image asks for texts, and this gallery has no captions: give --sentences FILE, one a line")
+        return gallery.texts
+    try:
+        lines = Path(sentences).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{sentences} is not UTF-8: save the file as UTF-8") from error
+    except OSError as error:
+        raise UserError(f"{sentences}: {error.strerror or error}") from error
+    texts = tuple(line.strip() for line in lines if line.strip())
+    if not texts:
+        raise UserError(f"{sentences} is empty: it must have a sentence on each line")
+    return texts
+
+
+def _open_index(path: Path, model: str, gallery: str, overwrite: bool) -> Index | None:
+    """The stored index where it is of this model and gallery; None where one must be made."""
+    if not path.exists() or overwrite:
+        return None
+    stored = Index.load(path)
+    stored.check(path, model=model, gallery=gallery)
+    return stored
+
+
+def _encode_gallery(used: UsedModel, images: Tensor | LazyImages) -> Tensor:
+    rows = torch.arange(len(images)).split(BATCH)
+    return torch.cat([used.encode_pictures(images[part]) for part in rows])
+
+
+def _draw(
+    used: UsedModel,
+    gallery: Gallery,
+    text: str | None,
+    image: str | None,
+    index: Index,
+    scores: Tensor,
+    rows: Tensor,
+    folder: Path,
+) -> Path:
+    from diffmoe.visualization import captions, figures
+
+    if text is not None:
+        figure = captions.retrieval_grid(text, gallery.images[rows], scores)
+    else:
+        figure = captions.ranked_texts(used.read([str(image)])[0], [index.items[row] for row in rows.tolist()], scores)
+    return figures.save(figure, folder / "retrieved.png")

@@ -1,0 +1,269 @@
+"""The captioning head: a language model over the text tower, whose tokens read the picture.
+
+Shapes: B pictures, T text tokens, N image tokens, D width, P width of the text embedding, V tokens that can be written,
+R captions being written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffmoe.config import GenerationConfig, ModelConfig, UserError, nearest
+from diffmoe.model.cache import CaptionCache
+from diffmoe.model.encoders import Encoded
+from diffmoe.model.generation import Generated, check_generation, search
+from diffmoe.model.multimodal import ImageFeatures, MultiModalMoE, TextFeatures
+
+START_ID, END_ID = 49406, 49407
+"""The tokenizer's special tokens, and the last ids of its table."""
+PADDING_ID = 0
+ROWS_MULTIPLE = 64
+"""Products over the vocabulary get a multiple of so many rows: oneDNN builds a kernel for every new shape."""
+
+
+class Captioner(nn.Module):
+    """Image captioner: the causal text tower, fused with the picture, to a language-model head tied to the embedding.
+
+    A token never sees the future: the fusion's context is the image tower's output, which never reads the text.
+
+        model = Captioner(ModelConfig(img_size=64, in_channels=3))
+        model.generate(images, decoding="beam", beams=4)   # (B, T) int64: start, words, end, zeros
+
+    Args:
+        config: the model's; fusion_layers >= 1.
+        output_tokens: (V,) int64, rising: the ids that can be written, such as those that occur in the training
+            captions; other targets have no part in the loss. None: the whole vocabulary.
+
+    Raises:
+        ValueError: without a fusion, or where output_tokens are not what they must be.
+    """
+
+    output_tokens: Tensor
+    _column: Tensor
+
+    def __init__(self, config: ModelConfig, output_tokens: Tensor | None = None) -> None:
+        super().__init__()
+        if config.fusion_layers < 1:
+            raise ValueError("fusion_layers is 0: a captioner needs at least 1, in which the text reads the picture")
+        if output_tokens is None:
+            output_tokens = torch.arange(config.vocab_size)
+        _check_output_tokens(output_tokens, config.vocab_size)
+        self.config = config
+        self.backbone = MultiModalMoE(config)
+        self.output_projection = nn.Linear(config.embed_dim, config.text_embed_dim)
+        # Features of unit variance, so that the tied embedding alone sets the scale of the logits.
+        nn.init.normal_(self.output_projection.weight, std=config.embed_dim**-0.5)
+        nn.init.zeros_(self.output_projection.bias)
+        self.output_bias = nn.Parameter(torch.zeros(len(output_tokens)))
+        self.register_buffer("output_tokens", output_tokens.clone())
+        column = torch.full((config.vocab_size,), -1).index_copy_(0, output_tokens, torch.arange(len(output_tokens)))
+        self.register_buffer("_column", column, persistent=False)  # (vocab_size,) of each id in the logits; -1: none
+
+    def forward(
+        self,
+        images: Tensor,
+        text_tokens: Tensor,
+        attention_mask: Tensor | None = None,
+        need_weights: bool = False,
+        need_logits: bool = True,
+    ) -> dict[str, Any]:
+        """Pictures, each with its own text.
+
+        Args:
+            images: (B, C, H, W) float, normalised.
+            text_tokens: (B, T) int64, row b the caption of picture b, start and end included.
+            attention_mask: (B, T), 1 at real tokens; None when all are.
+            need_weights: also return the attention maps.
+            need_logits: `caption_loss` needs no logits, and computes fewer.
+
+        Returns:
+            What `MultiModalMoE` returns, with embedding (B, D) the picture's pooled features (no text in them),
+            fused_features (B, T, D) the caption's tokens after reading the picture, caption_features (B, T, P) and
+            logits (B, T, V), at t those of token t + 1; column v is for the id output_tokens[v].
+        """
+        image, text, fused = self._encode(images, text_tokens, attention_mask, need_weights)
+        out = self.backbone.assemble(image, text, fused, paired=True)
+        out["embedding"] = image.pooled
+        out["caption_features"] = self.output_projection(fused.features)
+        if need_logits:
+            out["logits"] = self.logits(out["caption_features"])
+        return out
+
+    def read(
+        self, images: Tensor, text_tokens: Tensor, attention_mask: Tensor | None = None
+    ) -> tuple[ImageFeatures, TextFeatures, Tensor]:
+        """Pictures, their captions, and caption_features, as in `forward`, without its losses."""
+        image, text, fused = self._encode(images, text_tokens, attention_mask)
+        return image, text, self.output_projection(fused.features)
+
+    def _encode(
+        self, images: Tensor, text_tokens: Tensor, attention_mask: Tensor | None, need_weights: bool = False
+    ) -> tuple[ImageFeatures, TextFeatures, Encoded]:
+        image = self.backbone.image_features(images, need_weights)
+        text = self.backbone.text_features(text_tokens, attention_mask, need_weights)
+        fused = self.backbone.fuse(
+            text.features, image.features, query_mask=text.mask, causal=True, need_weights=need_weights
+        )
+        return image, text, fused
+
+    def logits(self, caption_features: Tensor) -> Tensor:
+        """(..., P) -> (..., V)."""
+        embedding = self.backbone.token_embedding.weight
+        if len(self.output_tokens) < len(embedding):
+            embedding = embedding.index_select(0, self.output_tokens)
+        return F.linear(caption_features, embedding, self.output_bias)
+
+    def caption_loss(
+        self, features: Tensor, tokens: Tensor, mask: Tensor | None = None, label_smoothing: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of the next token in nats, and its accuracy: means over real targets, the end included.
+
+        Args:
+            features: (B, T, P), `forward`'s caption_features.
+            tokens: (B, T) int64.
+            mask: (B, T), 1 at real tokens; None when all are.
+            label_smoothing: probability mass spread evenly over the V tokens.
+
+        Returns:
+            Two scalars; 0 where there is no target.
+        """
+        targets = self._column[tokens[:, 1:]]
+        if mask is not None:
+            targets = targets.masked_fill(~mask[:, 1:].bool(), -1)
+        # The product with V rows is half of all the work: only where there is a target.
+        rows = (targets.flatten() >= 0).nonzero().squeeze(1)
+        padding = -len(rows) % ROWS_MULTIPLE
+        targets = F.pad(targets.flatten()[rows], (0, padding), value=-1)
+        logits = self.logits(features[:, :-1].flatten(0, 1)[F.pad(rows, (0, padding))]).float()
+        count = max(len(rows), 1)
+        loss = F.cross_entropy(logits, targets, ignore_index=-1, label_smoothing=label_smoothing, reduction="sum")
+        return loss / count, (logits.argmax(-1) == targets).sum() / count
+
+    def generate(
+        self,
+        images: Tensor,
+        config: GenerationConfig | None = None,
+        *,
+        seed: int = 0,
+        use_cache: bool = True,
+        **fields: Any,
+    ) -> Tensor:
+        """Write a caption for each picture.
+
+        Args:
+            images: (B, C, H, W) float, normalised.
+            config: how; None is `GenerationConfig()`.
+            seed: with decoding 'sample': picture b draws from a generator of its own, seeded with seed + b.
+            use_cache: keep keys and values from token to token; without, the same captions, slower.
+            fields: fields of `GenerationConfig` to change, as in `generate(images, decoding="beam", beams=4)`.
+
+        Returns:
+            (B, T) int64, T <= max_text_len: START_ID, the caption, END_ID, then zeros. A picture's caption does not
+            depend on its batch-mates, rounding apart.
+
+        Raises:
+            UserError: where a setting is unknown or impossible, or the model cannot write the tokenizer's end token.
+        """
+        return self.generate_scored(images, config, seed=seed, use_cache=use_cache, **fields).tokens
+
+    def generate_scored(
+        self,
+        images: Tensor,
+        config: GenerationConfig | None = None,
+        *,
+        seed: int = 0,
+        use_cache: bool = True,
+        **fields: Any,
+    ) -> Generated:
+        """As `generate`, with the captions' log-probabilities."""
+        config = _with_fields(config or GenerationConfig(), fields)
+        check_generation(config, self.config.max_text_len)
+        end = self._end_column()
+        with _evaluating(self), torch.inference_mode():
+            decoder = _Decoder(self, self.backbone.image_features(images).features, use_cache)
+            found = search(decoder, len(images), end, self.config.max_text_len - 1, config, seed, images.device)
+            words = self.output_tokens[found.tokens.clamp_min(0)].masked_fill(found.tokens < 0, PADDING_ID)
+            tokens = F.pad(words, (1, 0), value=START_ID)
+        # Ordinary tensors: those of inference mode may not be changed outside of it.
+        return Generated(tokens.clone(), found.log_probs.clone(), found.scores.clone())
+
+    def _end_column(self) -> int:
+        end = int(self._column[END_ID]) if len(self._column) > END_ID else -1
+        if end < 0:
+            raise UserError(
+                f"this model cannot end a caption: the end token {END_ID} is not among its {len(self.output_tokens)} "
+                f"output_tokens (vocab_size {self.config.vocab_size})"
+            )
+        return end
+
+    def next_log_probs(self, tokens: Tensor, image_features: Tensor | None, cache: CaptionCache | None) -> Tensor:
+        """Log-probabilities (R, V) of the token after (R, T) tokens; with a cache, tokens are those after its own."""
+        text = self.backbone.read_tokens(tokens, cache=cache)
+        fused = self.backbone.fuse(text.features, image_features, causal=True, cache=cache)
+        return self.logits(self.output_projection(fused.features[:, -1])).float().log_softmax(-1)
+
+
+class _Decoder:
+    """What `search` asks for the next token of captions being written: with a cache, or by reading all of them anew."""
+
+    def __init__(self, model: Captioner, image_features: Tensor, use_cache: bool) -> None:
+        self.model = model
+        self.image_features = image_features  # (B, N, D)
+        self.cache = model.backbone.caption_cache(image_features) if use_cache else None
+        # Ids that no caption may have between its start and its end; the table's rows after the end are no tokens.
+        unwritable = (model.output_tokens == START_ID) | (model.output_tokens > END_ID)
+        self.unwritable = unwritable.nonzero().squeeze(1)
+
+    def step(self, columns: Tensor) -> Tensor:
+        """Columns (R, t) of the t tokens after the start -> log-probabilities of the next one (R, V)."""
+        tokens = F.pad(self.model.output_tokens[columns], (1, 0), value=START_ID)
+        if self.cache is not None:
+            log_probs = self.model.next_log_probs(tokens[:, self.cache.length :], None, self.cache)
+        else:
+            log_probs = self.model.next_log_probs(tokens, self.image_features, None)
+        return log_probs.index_fill_(1, self.unwritable, float("-inf"))
+
+    def select(self, rows: Tensor) -> None:
+        """Caption r goes on from what caption `rows[r]` was, of the same picture."""
+        if self.cache is not None:
+            self.cache.select(rows)
+
+    def keep(self, rows: Tensor, pictures: Tensor) -> None:
+        """Go on with these captions and pictures only."""
+        self.image_features = self.image_features.index_select(0, pictures)
+        if self.cache is not None:
+            self.cache.keep(rows, pictures)
+
+
+def _check_output_tokens(tokens: Tensor, vocab_size: int) -> None:
+    if tokens.dim() != 1 or tokens.dtype != torch.int64 or not len(tokens):
+        raise ValueError(f"output_tokens are {tokens.dtype} of shape {tuple(tokens.shape)}: they must be int64 (V,)")
+    if int(tokens[0]) < 0 or int(tokens[-1]) >= vocab_size or not (tokens.diff() > 0).all():
+        raise ValueError(f"output_tokens must rise, each once, from 0 to under vocab_size ({vocab_size})")
+
+
+def _with_fields(config: GenerationConfig, fields: dict[str, Any]) -> GenerationConfig:
+    known = [field.name for field in dataclasses.fields(GenerationConfig)]
+    for name in fields:
+        if name not in known:
+            raise UserError(f"{name} is no setting of generation{nearest(name, known)}: {', '.join(known)}")
+    return dataclasses.replace(config, **fields)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; every module's own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

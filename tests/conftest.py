@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,12 @@ def isolation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Every test is `isolated`."""
     with isolated(tmp_path_factory.mktemp("cache")):
         yield
+
+
+@pytest.fixture(scope="session")
+def isolate() -> Callable[[Path], AbstractContextManager[None]]:
+    """`isolated`, for fixtures that outlive a test."""
+    return isolated
 
 
 @pytest.fixture

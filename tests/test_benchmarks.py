@@ -230,9 +230,14 @@ def test_nine_tenths_of_the_rounds_stay_under_the_p90() -> None:
 @pytest.mark.parametrize("mode", ["float32", "onednn"])
 def test_a_mode_lasts_as_long_as_its_step(mode: str) -> None:
     MATMUL.fp32_precision = "ieee"
-    with pytest.raises(ZeroDivisionError), timing.float32_products(mode):
-        assert MATMUL.fp32_precision == {"float32": "none", "onednn": "bf16"}[mode]
-        raise ZeroDivisionError
+
+    def fail_inside() -> None:
+        with timing.float32_products(mode):
+            assert MATMUL.fp32_precision == {"float32": "none", "onednn": "bf16"}[mode]
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_inside()
     assert MATMUL.fp32_precision == "ieee"
 
 

@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("losses", "data"),
     ("settings",),
     ("model",),
-    ("checkpoint",),
+    ("checkpoint", "pretrained"),
     ("hardware", "training"),
     ("evaluation", "profiling", "retrieval"),
     ("runs", "visualization"),
@@ -135,7 +135,7 @@ def test_no_file_shadows_a_library_or_collects_odds_and_ends() -> None:
 
 
 def test_the_public_names_resolve_to_what_is_called_so() -> None:
-    assert {"ImageClassifier", "ModelConfig", "MultiModalMoE", "load_model"} <= set(diffmoe.__all__)
+    assert {"Captioner", "ImageClassifier", "ModelConfig", "MultiModalMoE", "load_model"} <= set(diffmoe.__all__)
     for name in diffmoe.__all__:
         assert getattr(diffmoe, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'Mixture'"):

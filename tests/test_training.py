@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from diffmoe import training
 from diffmoe.commands import training as command
 from diffmoe.config import ModelConfig, TrainingConfig, UserError
+from diffmoe.model.captioner import Captioner
 from diffmoe.model.heads import ImageClassifier
 from diffmoe.training import (
+    CaptionObjective,
     ClassificationObjective,
     Hooks,
     Progress,
@@ -322,6 +324,27 @@ def send_at(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, calls: list
         return original(*args, **kwargs)
 
     monkeypatch.setattr(module, name, wrapper)
+
+
+def test_the_caption_objective_is_the_next_tokens_loss_plus_the_weighted_auxiliary_losses() -> None:
+    config = ModelConfig(
+        **{"img_size": 8, "embed_dim": 16, "num_heads": 2, "text_embed_dim": 8, "vocab_size": 20, "max_text_len": 6},
+        **{"img_encoder_layers": 1, "text_encoder_layers": 1, "fusion_layers": 1, "dropout": 0.0},
+        use_gradient_checkpointing=False,
+    )
+    torch.manual_seed(0)
+    model = Captioner(config)
+    images, tokens = torch.randn(2, 1, 8, 8), torch.tensor([[5, 6, 7, 8], [5, 9, 8, 0]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
+    loss, metrics = CaptionObjective(model, label_smoothing=0.2)(images, tokens, mask)
+    out = model(images, tokens, mask)
+    real = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]  # position t predicts token t + 1; the last of row 1 is padding
+    logits = torch.stack([out["logits"][row, t] for row, t in real])
+    targets = torch.tensor([tokens[row, t + 1] for row, t in real])
+    task = torch.nn.functional.cross_entropy(logits, targets, label_smoothing=0.2)
+    torch.testing.assert_close(metrics["task_loss"], task)
+    torch.testing.assert_close(loss, task + out["router_loss"])
+    assert metrics["accuracy"].item() == pytest.approx((logits.argmax(-1) == targets).float().mean().item())
 
 
 class Crash(Exception):  # noqa: N818 - the power fails

@@ -38,6 +38,11 @@ def train(settings: Settings, prepare: Callable[[Settings, Fabric], TrainingPart
     keep_freed_memory()
     parts = prepare(settings, fabric)
     model = parts.model
+    if settings.run.init is not None and not settings.run.resume:
+        from diffmoe.pretrained import start_from
+
+        for line in start_from(model, settings.run.init):
+            fabric.print(line)
     optimizer = make_optimizer(model, config)
     wrapped, wrapped_optimizer = fabric.setup(
         cast(nn.Module, torch.compile(parts.objective)) if config.compile else parts.objective, optimizer

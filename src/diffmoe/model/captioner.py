@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from diffmoe.config import GenerationConfig, ModelConfig, UserError, nearest
 from diffmoe.model.cache import CaptionCache
 from diffmoe.model.encoders import Encoded
+from diffmoe.model.features import ImageFeatures, TextFeatures
 from diffmoe.model.generation import Generated, check_generation, search
-from diffmoe.model.multimodal import ImageFeatures, MultiModalMoE, TextFeatures
+from diffmoe.model.multimodal import MultiModalMoE
 
 START_ID, END_ID = 49406, 49407
 """The tokenizer's special tokens, and the last ids of its table."""
@@ -113,11 +114,16 @@ class Captioner(nn.Module):
         )
         return image, text, fused
 
-    def logits(self, caption_features: Tensor) -> Tensor:
-        """(..., P) -> (..., V)."""
+    def output_embedding(self) -> Tensor:
+        """(V, P), the rows of the text embedding that captions are written with."""
         embedding = self.backbone.token_embedding.weight
         if len(self.output_tokens) < len(embedding):
-            embedding = embedding.index_select(0, self.output_tokens)
+            return embedding.index_select(0, self.output_tokens)
+        return embedding
+
+    def logits(self, caption_features: Tensor, output_embedding: Tensor | None = None) -> Tensor:
+        """(..., P) -> (..., V); the embedding of all tokens to write may be handed in, to gather it once only."""
+        embedding = self.output_embedding() if output_embedding is None else output_embedding
         return F.linear(caption_features, embedding, self.output_bias)
 
     def caption_loss(
@@ -203,11 +209,18 @@ class Captioner(nn.Module):
             )
         return end
 
-    def next_log_probs(self, tokens: Tensor, image_features: Tensor | None, cache: CaptionCache | None) -> Tensor:
+    def next_log_probs(
+        self,
+        tokens: Tensor,
+        image_features: Tensor | None,
+        cache: CaptionCache | None,
+        output_embedding: Tensor | None = None,
+    ) -> Tensor:
         """Log-probabilities (R, V) of the token after (R, T) tokens; with a cache, tokens are those after its own."""
         text = self.backbone.read_tokens(tokens, cache=cache)
         fused = self.backbone.fuse(text.features, image_features, causal=True, cache=cache)
-        return self.logits(self.output_projection(fused.features[:, -1])).float().log_softmax(-1)
+        features = self.output_projection(fused.features[:, -1])
+        return self.logits(features, output_embedding).float().log_softmax(-1)
 
 
 class _Decoder:
@@ -217,6 +230,7 @@ class _Decoder:
         self.model = model
         self.image_features = image_features  # (B, N, D)
         self.cache = model.backbone.caption_cache(image_features) if use_cache else None
+        self.output_embedding = model.output_embedding()
         # Ids that no caption may have between its start and its end; the table's rows after the end are no tokens.
         unwritable = (model.output_tokens == START_ID) | (model.output_tokens > END_ID)
         self.unwritable = unwritable.nonzero().squeeze(1)
@@ -225,9 +239,10 @@ class _Decoder:
         """Columns (R, t) of the t tokens after the start -> log-probabilities of the next one (R, V)."""
         tokens = F.pad(self.model.output_tokens[columns], (1, 0), value=START_ID)
         if self.cache is not None:
-            log_probs = self.model.next_log_probs(tokens[:, self.cache.length :], None, self.cache)
+            new = tokens[:, self.cache.length :]
+            log_probs = self.model.next_log_probs(new, None, self.cache, self.output_embedding)
         else:
-            log_probs = self.model.next_log_probs(tokens, self.image_features, None)
+            log_probs = self.model.next_log_probs(tokens, self.image_features, None, self.output_embedding)
         return log_probs.index_fill_(1, self.unwritable, float("-inf"))
 
     def select(self, rows: Tensor) -> None:

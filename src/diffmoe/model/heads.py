@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffmoe.config import ModelConfig
-from diffmoe.model.multimodal import MultiModalMoE, TextFeatures
+from diffmoe.model.features import TextFeatures
+from diffmoe.model.multimodal import MultiModalMoE
 
 
 class ImageClassifier(nn.Module):

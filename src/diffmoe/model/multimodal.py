@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +16,8 @@ from torch import Tensor, nn
 from diffmoe import losses
 from diffmoe.config import ModelConfig
 from diffmoe.model.cache import CaptionCache, KeyValues
-from diffmoe.model.encoders import AttentionMap, CrossModalFusion, Encoded, ImageEncoder, TextEncoder
+from diffmoe.model.encoders import CrossModalFusion, Encoded, ImageEncoder, TextEncoder
+from diffmoe.model.features import ImageFeatures, TextFeatures
 from diffmoe.model.gather import gather_rows, world_size
 from diffmoe.model.layers import PatchEmbed
 from diffmoe.model.moe import AttentiveRouter, GeneralExperts, Routing
@@ -25,42 +25,6 @@ from diffmoe.model.moe import AttentiveRouter, GeneralExperts, Routing
 IMAGE, TEXT = 0, 1
 MAX_SCALE = math.log(100)
 """Ceiling of the contrastive temperature's logarithm (CLIP, Radford et al. 2021, section 2.5)."""
-
-
-@dataclass(frozen=True)
-class ImageFeatures:
-    """Pictures after the image tower."""
-
-    features: Tensor
-    """(B, N, D) tokens."""
-    pooled: Tensor
-    """(B, D) their mean."""
-    embedding: Tensor
-    """(B, D) unit norm, in the space shared with text."""
-    routing: tuple[Routing, ...] = ()
-    attention: tuple[AttentionMap, ...] = ()
-
-
-@dataclass(frozen=True)
-class TextFeatures:
-    """Texts after the text tower."""
-
-    tokens: Tensor
-    """(U, T) int64 ids, -1 at padding."""
-    features: Tensor
-    """(U, T, D) tokens."""
-    mask: Tensor
-    """(U, T) bool, True at real tokens."""
-    mean: Tensor
-    """(U, D) mean over real tokens."""
-    pooled: Tensor
-    """(U, D) the token at the end of the text, the only one that has read all of it."""
-    embedding: Tensor
-    """(U, D) unit norm, in the space shared with pictures."""
-    first: Tensor
-    """(U,) int64, the first text that is equal to each."""
-    routing: tuple[Routing, ...] = ()
-    attention: tuple[AttentionMap, ...] = ()
 
 
 class MultiModalMoE(nn.Module):

@@ -19,7 +19,7 @@ lint: $(READY)
 	$(BIN)/pyright
 
 bench: $(READY)
-	$(BIN)/python benchmarks/data.py
+	$(BIN)/python benchmarks/report.py
 
 clean:
 	rm -rf $(VENV) checkpoints visualizations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+
+from diffmoe.data import shapes
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = ("README.md", "README.zh-CN.md")
@@ -40,6 +43,16 @@ def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                     pixels = generator.integers(0, 256, (40, 30, 3), dtype=np.uint8)
                     Image.fromarray(pixels).save(folder / f"{number}.jpg")
     Image.fromarray(generator.integers(0, 256, (60, 50, 3), dtype=np.uint8)).save(tmp_path / "cat.jpg")
+    captioned = tmp_path / "sets" / "flickr8k"
+    (captioned / "photos").mkdir(parents=True)
+    rows = []
+    for number, split in enumerate([*["train"] * 12, *["validation"] * 2, *["test"] * 2]):
+        picture = Image.fromarray(generator.integers(0, 256, (40, 30, 3), dtype=np.uint8))
+        picture.save(captioned / "photos" / f"{number}.jpg")
+        rows.append({"image": f"photos/{number}.jpg", "caption": f"picture number {number}", "split": split})
+    (captioned / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (tmp_path / "photos").symlink_to(captioned / "photos")
+    monkeypatch.setattr(shapes, "SPLIT_SIZES", {"train": 24, "validation": 4, "test": 8})
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -56,13 +69,14 @@ def test_every_command_runs_in_its_order(readme: str, pictures: Path, cli: Calla
         argv = words[1:] if words[0] == "diffmoe" else words[2:]
         if "train_test" in argv:
             argv = [*argv, *SMALL]
-        if "cifar10" in argv and "--data_dir" not in argv:
+        if {"cifar10", "flickr8k"} & set(argv) and "--data_dir" not in argv:
             argv = [*argv, "--data_dir", "sets"]  # the reader's come from the hub
         result = cli(*argv)
         assert result.code == 0, (argv, result.err)
         ran += 1
     assert ran >= 4
-    assert (pictures / "checkpoints" / "cifar10_model.pth").exists()
+    for name in ("cifar10", "shapes", "flickr8k"):
+        assert (pictures / "checkpoints" / f"{name}_model.pth").exists()
 
 
 @pytest.mark.parametrize("readme", READMES)

@@ -32,7 +32,14 @@ from diffmoe.data import (
     shapes,
     used_tokens,
 )
-from diffmoe.evaluation import caption_metrics, evaluating, missing_metrics, normalize_captions, retrieval_metrics
+from diffmoe.evaluation import (
+    caption_metrics,
+    evaluating,
+    finite_or_told,
+    missing_metrics,
+    normalize_captions,
+    retrieval_metrics,
+)
 from diffmoe.files import write_atomically
 from diffmoe.model.captioner import Captioner
 from diffmoe.settings import Settings
@@ -176,7 +183,7 @@ def _validate(model: Captioner, batches: CaptionBatches) -> Metrics:
     sums = torch.zeros(3)
     images: list[Tensor] = []
     texts: list[Tensor] = []
-    with evaluating(model), torch.inference_mode():
+    with evaluating(model), finite_or_told(), torch.inference_mode():
         for pictures, tokens, mask in batches.epoch():
             image, text, features = model.read(pictures, tokens, mask)
             loss, accuracy = model.caption_loss(features, tokens, mask)

@@ -15,6 +15,7 @@ from diffmoe.evaluation.classification import (
     calibration_error,
     classification_metrics,
     evaluating,
+    finite_or_told,
     pick_examples,
     predict,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "classification_metrics",
     "constant_caption",
     "evaluating",
+    "finite_or_told",
     "missing_metrics",
     "nearest_pictures",
     "normalize_captions",

@@ -58,6 +58,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def finite_or_told() -> Iterator[None]:
+    """What is not a number in a model's outputs, which its routers report too, as a `UserError`."""
+    try:
+        yield
+    except FloatingPointError as error:
+        message = "the model's outputs are not finite: its training diverged; train it with a lower lr"
+        raise UserError(message) from error
+
+
 def predict(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], **constants: Any) -> Predictions:
     """Run `model` once over `batches`, without gradients and in evaluation mode.
 
@@ -71,7 +81,7 @@ def predict(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], **consta
     logits: list[Tensor] = []
     labels: list[Tensor] = []
     zero_shot: list[Tensor] = []
-    with evaluating(model), torch.inference_mode():
+    with evaluating(model), finite_or_told(), torch.inference_mode():
         for images, targets in batches:
             outputs = model(images, **constants)
             logits.append(outputs["logits"].float().cpu())
@@ -82,8 +92,9 @@ def predict(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], **consta
         raise ValueError("there are no pictures to predict")
     # Concatenated outside inference mode, so that the results are ordinary tensors.
     predictions = Predictions(torch.cat(logits), torch.cat(labels), torch.cat(zero_shot) if zero_shot else None)
-    if not predictions.logits.isfinite().all():
-        raise UserError("the model's outputs are not finite: its training diverged; train it with a lower lr")
+    with finite_or_told():
+        if not predictions.logits.isfinite().all():
+            raise FloatingPointError
     return predictions
 
 

@@ -1,119 +1,162 @@
-"""Figures of pictures and texts: a sheet of captions, what a text finds, what a picture finds."""
+"""Figures of pictures with texts: captions, what a query finds, texts ranked for a picture.
+
+Places are computed in inches, so that a text of any length gets the room it needs.
+"""
 
 from __future__ import annotations
 
-import math
-import textwrap
 from collections.abc import Sequence
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.transforms import Transform
 from torch import Tensor
 
 from diffmoe.visualization import style
 from diffmoe.visualization.style import styled
 
-CELL = 1.75
-"""Width of a picture in inches."""
-LINE = style.SMALL * 1.25 / 72
-"""Height of a line of small text in inches."""
+MARGIN = 0.1
+"""Around a figure, in inches."""
+GAP = 0.18
+"""Between pictures, in inches."""
+PAD = 4 / 72
+"""Between a picture and its text, and between two texts of it, in inches."""
 
 
 @styled()
 def caption_sheet(images: Tensor, captions: Sequence[str], references: Sequence[str] | None = None) -> Figure:
-    """How to read it: under each picture is what the model wrote, and in grey what a person wrote.
+    """How to read it: under each picture is what the model wrote and, in grey, what a person wrote.
 
-    `images` (N, 1 or 3, H, W) uint8, `captions` and `references` N texts.
+    `images` (N, 1 or 3, H, W) uint8; `captions` and `references`: one text a picture.
     """
-    if len(images) != len(captions) or len(images) == 0:
-        raise ValueError(f"{len(images)} pictures and {len(captions)} captions")
-    letters = int(CELL / (style.SMALL * style.GLYPH_WIDTH / 72))
-    written = [textwrap.wrap(style.drawable(text), letters) or ["(nothing)"] for text in captions]
-    human = [
-        textwrap.wrap(style.drawable(text.replace(" .", ".")), letters) for text in references or [""] * len(captions)
-    ]
-    columns = min(6, len(images))
-    rows = math.ceil(len(images) / columns)
-    lines = max(len(a) + len(b) for a, b in zip(written, human, strict=True))
-    height = CELL + LINE * (lines + 1.2) + 0.1
-    figure = Figure(figsize=(columns * (CELL + 0.15) + 0.1, rows * height))
-    for number, image in enumerate(images):
-        row, column = divmod(number, columns)
-        left, top = 0.1 + column * (CELL + 0.15), row * height + 0.05
-        axes = _place(figure, left, top, CELL, CELL)
-        _show(axes, image)
-        below = top + CELL + LINE * 0.4
-        for line, (text, color) in enumerate(
-            [(text, style.INK) for text in written[number]] + [(text, style.MUTED) for text in human[number]]
-        ):
-            _write(figure, left, below + line * LINE, text, color)
+    written = [captions] if references is None else [captions, references]
+    for texts in written:
+        _check_count("captions", len(texts), images)
+    side = 2.1
+    wrapped = [[style.wrap(text, side, style.SMALL) for text in texts] for texts in zip(*written, strict=True)]
+    below = [sum(PAD + _height(text) for text in texts) for texts in wrapped]
+    figure, panels = _grid(images, side, below, most_columns=4)
+    for axes, (caption, *reference) in zip(panels, wrapped, strict=True):
+        own = _write_below(axes, axes.transAxes, caption, style.INK)
+        for text in reference:
+            _write_below(axes, own, text, style.MUTED)
     return figure
 
 
 @styled()
 def retrieval_grid(query: str, images: Tensor, scores: Tensor, right: Tensor | None = None) -> Figure:
-    """How to read it: the pictures that are nearest to the text, the best first, with their cosine similarity.
+    """How to read it: on top the text that was looked for, then what was found, best first; ✓ is the text's own.
 
-    `images` (N, 1 or 3, H, W) uint8, `scores` (N,); `right` (N,) bool marks the pictures that the text is of.
+    `images` (N, 1 or 3, H, W) uint8; `scores` (N,) similarities, written under the pictures; `right` (N,) bool.
     """
-    columns = min(6, len(images))
-    rows = math.ceil(len(images) / columns)
-    width = columns * (CELL + 0.15) + 0.1
-    title = textwrap.wrap(f"“{style.drawable(query)}”", int(width / (style.FONT_SIZE * style.GLYPH_WIDTH / 72)))
-    head = len(title) * LINE * 1.3 + 0.15
-    figure = Figure(figsize=(width, head + rows * (CELL + 0.3)))
-    for line, text in enumerate(title):
-        _write(figure, 0.1, 0.08 + line * LINE * 1.3, text, style.INK, style.FONT_SIZE)
-    for number, image in enumerate(images):
-        row, column = divmod(number, columns)
-        left, top = 0.1 + column * (CELL + 0.15), head + row * (CELL + 0.3)
-        axes = _place(figure, left, top, CELL, CELL)
-        _show(axes, image)
-        is_right = right is not None and bool(right[number])
-        color = style.RIGHT_COLOR if is_right else style.MUTED
+    _check_count("scores", len(scores), images)
+    side, columns = 1.6, min(5, len(images))
+    asked = style.wrap(query, columns * (side + GAP) - GAP, style.FONT_SIZE)
+    above = _height(asked, style.FONT_SIZE) + 2 * PAD
+    below = PAD + _height("score")
+    order = scores.argsort(descending=True, stable=True)
+    figure, panels = _grid(images[order], side, [below] * len(images), columns, above)
+    width, height = figure.get_size_inches()
+    figure.text(MARGIN / width, 1 - MARGIN / height, asked, va="top", fontsize=style.FONT_SIZE)
+    for axes, row in zip(panels, order.tolist(), strict=True):
+        is_right = right is not None and bool(right[row])
+        color = style.RIGHT_COLOR if is_right else style.INK
+        mark = f"{style.RIGHT} " if is_right else ""
+        _write_below(axes, axes.transAxes, f"{mark}{scores[row]:.3f}", color)
         if is_right:
             axes.spines[:].set(visible=True, color=color, linewidth=2)
-        _write(figure, left, top + CELL + 0.06, f"{style.RIGHT + ' ' if is_right else ''}{scores[number]:.2f}", color)
     return figure
 
 
 @styled()
-def ranked_texts(image: Tensor, texts: Sequence[str], scores: Tensor, percent: bool = False) -> Figure:
-    """How to read it: the texts that are nearest to the picture, the best first; a longer bar is a better match.
+def ranked_texts(image: Tensor, texts: Sequence[str], scores: Tensor, probabilities: bool = False) -> Figure:
+    """How to read it: beside the picture the texts, the one that fits it best on top; a longer bar fits better.
 
-    `image` (1 or 3, H, W) uint8, `scores` (N,) cosine similarities, or with `percent` probabilities.
+    `image` (1 or 3, H, W) uint8; `scores` (len(texts),): similarities, or from 0 to 1 where they are `probabilities`.
     """
-    height = max(CELL + 0.2, 0.36 * len(texts) + 0.25)
-    shown = [textwrap.shorten(style.drawable(text), 90, placeholder="…") for text in texts]
-    longest = max(style.inches(text, style.SMALL) for text in shown)
-    figure = Figure(figsize=(CELL + 1.2 + max(2.0, longest), height))
-    _show(_place(figure, 0.1, 0.1, CELL, CELL), image)
-    axes = _place(figure, CELL + 0.9, 0.1, max(2.0, longest), height - 0.25)
-    places = [-number for number in range(len(texts))]
-    axes.barh(places, scores.clamp(min=0).numpy(), height=0.3, color=style.BLUE, align="edge")
-    for place, text, score in zip(places, shown, scores.tolist(), strict=True):
-        axes.text(0, place - 0.08, text, va="top", ha="left", fontsize=style.SMALL)
-        value = f"{score:.1%}" if percent else f"{score:.2f}"
-        axes.annotate(value, (0, place + 0.15), (-5, 0), textcoords="offset points", va="center", ha="right")
-    axes.set(xlim=(0, 1 if percent else max(float(scores.max()), 1e-6)), ylim=(places[-1] - 0.6, 0.5))
-    axes.axis("off")
+    if not 0 < len(texts) == len(scores):
+        raise ValueError(f"there are {len(scores)} scores for {len(texts)} texts")
+    order = scores.argsort(descending=True, stable=True).tolist()
+    values = [float(scores[row]) for row in order]
+    wrapped = [style.wrap(str(texts[row]), 3.2, style.SMALL) for row in order]
+    side, title, bars, numbers = 2.4, 0.3, 1.6, 0.6
+    labels = max(style.inches(line, style.SMALL) for text in wrapped for line in text.split("\n"))
+    tall = side * image.shape[1] / image.shape[2]
+    heights = [_height(text) + 2 * PAD for text in wrapped]
+    left = MARGIN + side + GAP + labels + 2 * PAD
+    width, height = left + bars + numbers + MARGIN, max(tall, title + sum(heights)) + 2 * MARGIN
+    figure = Figure(figsize=(width, height))
+    _show(_panel(figure, MARGIN, MARGIN, side, tall), image)
+    axes = _panel(figure, left, MARGIN + title, bars, sum(heights))
+    centers = np.cumsum(heights) - np.array(heights) / 2
+    axes.barh(centers, values, height=0.13, color=style.BLUE)
+    axes.axvline(0, color=style.MUTED, linewidth=0.8)
+    limits = (0, 1) if probabilities else (min(0, *values), max(1e-6, *values))
+    axes.set(xlim=limits, ylim=(sum(heights), 0), xticks=[])
+    axes.set_yticks(centers, wrapped, linespacing=1.2)
+    axes.tick_params(length=0, pad=2 * PAD * 72)
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    axes.set_title("probability" if probabilities else "similarity", fontsize=style.SMALL, color=style.MUTED)
+    for center, value in zip(centers, values, strict=True):
+        number = f"{value:.1%}" if probabilities else f"{value:.3f}"
+        axes.text(1.04, center, number, transform=axes.get_yaxis_transform(), va="center", fontsize=style.SMALL)
     return figure
 
 
-def _place(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
-    """Axes at a place in inches from the figure's top left corner."""
-    full_width, full_height = figure.get_size_inches()
-    bottom = full_height - top - height
-    return figure.add_axes((left / full_width, bottom / full_height, width / full_width, height / full_height))
+def _check_count(what: str, count: int, images: Tensor) -> None:
+    if len(images) == 0:
+        raise ValueError("there are no pictures to draw")
+    if count != len(images):
+        raise ValueError(f"there are {count} {what} for {len(images)} pictures")
 
 
-def _write(figure: Figure, left: float, top: float, text: str, color: str, size: float = style.SMALL) -> None:
-    width, height = figure.get_size_inches()
-    figure.text(left / width, 1 - top / height, text, color=color, fontsize=size, va="top")
+def _height(text: str, font_size: float = style.SMALL) -> float:
+    """Inches that the lines of `text` take."""
+    return (text.count("\n") + 1) * style.LINE_HEIGHT * font_size / 72
+
+
+def _grid(
+    images: Tensor, side: float, below: Sequence[float], most_columns: int, above: float = 0.0
+) -> tuple[Figure, list[Axes]]:
+    """Pictures `side` inches wide, in rows; `below`: inches that each needs under it; `above`: on top of all."""
+    columns = min(most_columns, len(images))
+    tall = side * images.shape[2] / images.shape[3]
+    rows = [tall + max(below[start : start + columns]) for start in range(0, len(images), columns)]
+    width = columns * (side + GAP) - GAP + 2 * MARGIN
+    figure = Figure(figsize=(width, above + sum(rows) + (len(rows) - 1) * GAP + 2 * MARGIN))
+    panels = []
+    for number, image in enumerate(images):
+        row, column = divmod(number, columns)
+        top = MARGIN + above + sum(rows[:row]) + row * GAP
+        panels.append(_panel(figure, MARGIN + column * (side + GAP), top, side, tall))
+        _show(panels[-1], image)
+    return figure, panels
+
+
+def _panel(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
+    """Axes at a place in inches, from the figure's left and top."""
+    across, down = figure.get_size_inches()
+    return figure.add_axes((left / across, 1 - (top + height) / down, width / across, height / down))
 
 
 def _show(axes: Axes, image: Tensor) -> None:
-    axes.imshow(image.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    axes.imshow(image.permute(1, 2, 0).cpu().numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
-    axes.grid(visible=False)
+
+
+def _write_below(axes: Axes, above: Transform | Text, text: str, color: str) -> Text:
+    """Write from the lower left corner of `above` down."""
+    return axes.annotate(
+        text,
+        (0, 0),
+        xycoords=above,
+        xytext=(0, -PAD * 72),
+        textcoords="offset points",
+        va="top",
+        color=color,
+        fontsize=style.SMALL,
+    )

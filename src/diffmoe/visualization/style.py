@@ -12,6 +12,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib import font_manager
+from matplotlib.ft2font import FT2Font, LoadFlags
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,11 @@ RIGHT_COLOR, WRONG_COLOR = BLUE, VERMILLION
 FONT_SIZE = 9
 SMALL = 8
 GLYPH_WIDTH = 0.62
-"""Width of a letter over the font size, on average; what a label needs before it is drawn is estimated with it."""
+"""Width of a digit over the font size, about."""
+HINTING = 1.08
+"""Drawn text over its exact width, at most: at 72 dots an inch letters are moved to whole dots."""
+LINE_HEIGHT = 1.4
+"""A line over the font size, at most: with accents on capitals."""
 
 BASE_FONT = "DejaVu Sans"
 """Comes with matplotlib, so figures are the same on every machine; has the marks RIGHT and WRONG."""
@@ -99,6 +104,11 @@ def font_families() -> list[str]:
     return [BASE_FONT, *[name for name in CJK_FONTS if name in installed][:1]]
 
 
+def _font() -> FT2Font:
+    """A font with the glyphs of all `font_families`."""
+    return font_manager.get_font([font_manager.findfont(name, fallback_to_default=False) for name in font_families()])
+
+
 @cache
 def _drawable() -> frozenset[int]:
     """The code points for which `font_families` have a glyph."""
@@ -107,11 +117,12 @@ def _drawable() -> frozenset[int]:
 
 
 @cache
-def _warn_of_missing_font() -> None:
-    """Say it once a process, not once a figure."""
+def _warn_of_missing_font(what: str) -> None:
+    """Say each `what` once a process, not once a figure."""
     logger.warning(
-        "no installed font can draw some class names, so figures show class numbers instead; "
-        "for Chinese install one such as Noto Sans CJK (Debian: apt install fonts-noto-cjk)"
+        "no installed font can draw %s instead; "
+        "for Chinese install one such as Noto Sans CJK (Debian: apt install fonts-noto-cjk)",
+        what,
     )
 
 
@@ -124,15 +135,10 @@ def labels(class_names: Sequence[str], max_width: int = 24) -> list[str]:
     return [_label(name, number, max_width) for number, name in enumerate(class_names)]
 
 
-def drawable(text: str) -> str:
-    """`text` on one line, with "?" for each character that no installed font has, where a box would be drawn."""
-    return "".join(letter if ord(letter) in _drawable() else "?" for letter in " ".join(text.split()))
-
-
 def _label(name: str, number: int, max_width: int) -> str:
     name = " ".join(name.split())
     if not all(ord(letter) in _drawable() for letter in name):
-        _warn_of_missing_font()
+        _warn_of_missing_font("some class names, so figures show class numbers")
         return f"class {number}"
     if width(name) <= max_width:
         return name
@@ -153,8 +159,55 @@ def width(text: str) -> int:
 
 
 def inches(text: str, font_size: float) -> float:
-    """About how wide `text` is when drawn at `font_size` points."""
-    return width(text) * GLYPH_WIDTH * font_size / 72
+    """How wide one line of `text` is at most when drawn at `font_size` points."""
+    font = _font()
+    font.clear()
+    font.set_size(font_size, 720)
+    font.set_text(text, flags=LoadFlags.NO_HINTING)
+    return font.get_width_height()[0] / 64 / 720 * HINTING
+
+
+def drawable(text: str) -> str:
+    """`text` on one line, with "?" for each letter that no installed font has; a warning is then logged once."""
+    line = " ".join(text.split())
+    shown = "".join(letter if ord(letter) in _drawable() else "?" for letter in line)
+    if shown != line:
+        _warn_of_missing_font("some letters of texts, so figures show ?")
+    return shown
+
+
+def wrap(text: str, max_width: float, font_size: float, max_lines: int = 8) -> str:
+    """`text`, made `drawable`, in lines at most `max_width` inches wide when drawn at `font_size` points.
+
+    Lines end between words, and within a word that is wider than a line. What does not fit into `max_lines` is left
+    out, and the last line ends in "…".
+    """
+    lines = [""]
+    for word in drawable(text).split():
+        longer = f"{lines[-1]} {word}".lstrip()
+        if inches(longer, font_size) <= max_width:
+            lines[-1] = longer
+            continue
+        if lines[-1]:
+            lines.append("")
+        while len(lines) <= max_lines and inches(word, font_size) > max_width:
+            fits = _num_letters_that_fit(word, max_width, font_size)
+            lines[-1], word = word[:fits], word[fits:]
+            lines.append("")
+        lines[-1] = word
+        if len(lines) > max_lines:
+            last = lines[max_lines - 1]
+            fits = _num_letters_that_fit(f"…{last}", max_width, font_size) - 1
+            return "\n".join([*lines[: max_lines - 1], f"{last[:fits].rstrip()}…"])
+    return "\n".join(lines)
+
+
+def _num_letters_that_fit(text: str, max_width: float, font_size: float) -> int:
+    """How many of the first letters fit, at least one."""
+    count = 1
+    while count < len(text) and inches(text[: count + 1], font_size) <= max_width:
+        count += 1
+    return count
 
 
 def percent_tick(fraction: float, _position: float = 0) -> str:

@@ -8,50 +8,45 @@ preset, which the loader must outrun: interleaved in one process, so that the ra
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
-import json
 import tempfile
 import time
 from pathlib import Path
 from statistics import median
 
 import torch
-from lightning_fabric import Fabric
+from classifiers import TrainingStep, classifier, preset_config
 from PIL import Image
+from tables import Row, judged, show
 
-from diffmoe.config import DataConfig, ModelConfig, TrainingConfig
+from diffmoe.config import DataConfig
 from diffmoe.data import Augmentation, Batches, LazyImages, Split, load_dataset
 from diffmoe.data.folders import FilePictures
-from diffmoe.hardware import keep_freed_memory, use_fast_matmul
-from diffmoe.model.heads import ImageClassifier
-from diffmoe.recipes import recipe
-from diffmoe.training import ClassificationObjective, make_optimizer, train_step
+from diffmoe.hardware import keep_freed_memory
+
+NOTES = ["in memory: one uint8 tensor; streamed: JPEG files, decoded by worker processes. Both cropped and mirrored."]
 
 
-def main() -> None:
-    """Print a table, or with `--json` an object."""
-    args = parse_args()
+def main(argv: list[str] | None = None) -> None:
+    """Print the table, or with `--json` an object."""
+    args = parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         splits = real_splits(args) if args.dataset else synthetic_splits(args, Path(folder))
-        step = TrainingStep(splits["in_memory"], args)
+        training = Training(splits["in_memory"], args)
         rounds = [
-            {"training_step": step.measure(), **{name: measure(split, args) for name, split in splits.items()}}
+            {"training step": training.measure(), **{name: measure(split, args) for name, split in splits.items()}}
             for _ in range(args.epochs)
         ]
-    speeds = {f"{name}_pictures_per_second": round(median(r[name] for r in rounds)) for name in rounds[0]}
-    ratios = {f"{name}_over_training_step": median(r[name] / r["training_step"] for r in rounds) for name in splits}
-    speeds |= {name: round(ratio, 1) for name, ratio in ratios.items()}
-    settings = {key: vars(args)[key] for key in ("dataset", "img_size", "in_channels", "batch_size", "workers")}
-    if args.json:
-        print(json.dumps({**settings, "threads": torch.get_num_threads(), **speeds}))
-    else:
-        print(", ".join(f"{key} {value}" for key, value in settings.items()), f"threads {torch.get_num_threads()}")
-        for name, speed in speeds.items():
-            print(f"{name:38} {speed:>10,}")
+    rows: list[Row] = []
+    for name in rounds[0]:
+        ratio = median(speeds[name] / speeds["training step"] for speeds in rounds)
+        goal = None if name == "training step" else 1.0
+        speed = {"pictures": name.replace("_", " "), "a_second": median(speeds[name] for speeds in rounds)}
+        rows.append({**speed, "over": "training step", **judged(ratio, at_least=goal)})
+    show("data", args, {"Pictures a second": rows}, NOTES)
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The flags."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--dataset", default=None, help="a real set; default: synthetic pictures")
@@ -66,7 +61,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=2, help="processes that decode the streamed pictures")
     parser.add_argument("--epochs", type=int, default=3, help="rounds; medians count")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def real_splits(args: argparse.Namespace) -> dict[str, Split]:
@@ -107,20 +102,13 @@ def measure(split: Split, args: argparse.Namespace) -> float:
     return len(split) / (time.perf_counter() - start)
 
 
-class TrainingStep:
+class Training:
     """The `tiny` preset's whole training step on these pictures."""
 
     def __init__(self, split: Split, args: argparse.Namespace) -> None:
-        fields = recipe("cifar10", "tiny") | {"img_size": args.img_size, "in_channels": args.in_channels}
-        known = {field.name for field in dataclasses.fields(ModelConfig)}
-        use_fast_matmul()
+        config = preset_config("tiny", "cifar10", img_size=args.img_size, in_channels=args.in_channels)
         keep_freed_memory()
-        tokens = torch.randint(1000, 40000, (10, 6, 20), generator=torch.Generator().manual_seed(0))
-        model = ImageClassifier(ModelConfig(**{k: v for k, v in fields.items() if k in known}), tokens)
-        self.fabric = Fabric(accelerator="cpu", devices=1)
-        self.objective, self.optimizer = self.fabric.setup(
-            ClassificationObjective(model), make_optimizer(model, TrainingConfig())
-        )
+        self.step = TrainingStep(classifier(config))
         half = [0.5] * args.in_channels
         self.batches = Batches(split, args.batch_size, mean=half, std=half, shuffle=True)
         self.steps = 10
@@ -130,7 +118,7 @@ class TrainingStep:
         batches = list(itertools.islice(self.batches.epoch(), self.steps))
         start = time.perf_counter()
         for batch in batches:
-            train_step(self.fabric, self.objective, self.optimizer, [batch], rate=1e-3, clip_norm=1.0)
+            self.step(batch)
         return sum(len(batch.images) for batch in batches) / (time.perf_counter() - start)
 
 

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from diffmoe.cli import COMMANDS
-from diffmoe.commands import preparation, training
+from diffmoe.commands import classification, training
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -227,7 +227,7 @@ def test_settings_and_checkpoints_are_checked_before_any_data_is_read(line, cli,
     def load_dataset(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("data was read")
 
-    monkeypatch.setattr(preparation, "load_dataset", load_dataset)
+    monkeypatch.setattr(classification, "load_dataset", load_dataset)
     assert cli(*line.replace("{model}", str(trained.model)).split()).code == 2
 
 
@@ -279,7 +279,7 @@ class TestRuns:
         def interrupted(*args: Any, **kwargs: Any) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(preparation, "load_dataset", interrupted)
+        monkeypatch.setattr(classification, "load_dataset", interrupted)
         try:
             result = cli("test", "--checkpoint", trained.model, "--save_dir", tmp_path, "--output_dir", tmp_path)
         except KeyboardInterrupt:

@@ -84,7 +84,7 @@ class TestDefaults:
 
 def build(fields: dict[str, Any]) -> dict[str, Any]:
     """A recipe's fields -> the configs that have them, each field in exactly one."""
-    configs = (DataConfig, ModelConfig, TrainingConfig, RunConfig, VisualizationConfig)
+    configs = (DataConfig, ModelConfig, TrainingConfig, RunConfig, GenerationConfig, VisualizationConfig)
     of_config = {config: {f.name for f in dataclasses.fields(config)} for config in configs}
     for name in fields:
         assert sum(name in names for names in of_config.values()) == 1, name
@@ -166,6 +166,10 @@ IMPOSSIBLE: list[tuple[type, str, Any, str]] = [
     *((TrainingConfig, name, 1.0, "not including, 1") for name in ("warmup_fraction", "label_smoothing")),
     (TrainingConfig, "final_lr_fraction", 1.1, "from 0 to 1"),
     (RunConfig, "num_devices", 0, "at least 1"),
+    (GenerationConfig, "beams", 0, "at least 1"),
+    *((GenerationConfig, name, -1, "at least 0") for name in ("no_repeat_ngram", "min_caption_len", "sample_top_k")),
+    *((GenerationConfig, "temperature", value, "over 0 and finite") for value in (0.0, math.inf, math.nan)),
+    *((GenerationConfig, "sample_top_p", value, "over 0 and at most 1") for value in (0.0, 1.1)),
     (VisualizationConfig, "dpi", 29, "at least 30"),
     *((VisualizationConfig, name, 0, "at least 1") for name in ("examples", "weakest_classes")),
 ]

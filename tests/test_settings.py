@@ -15,6 +15,7 @@ from diffmoe.settings import FIELDS, GROUPS, Settings, parse_settings
 GROUP_OF = {name: group for group, config in GROUPS.items() for name in get_type_hints(config)}
 
 OTHER: dict[str, Any] = {
+    "init": "open_clip:ViT-B-32/laion2b_s34b_b79k",
     "sample_top_p": 0.5,
     "dataset": "cifar10",
     "preset": "small",

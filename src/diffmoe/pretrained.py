@@ -66,8 +66,8 @@ def start_from(model: ImageClassifier | Captioner, source: str) -> list[str]:
       D and F fit and the activation is gelu: each of the E routed experts is CLIP's `mlp(ln_2(x))`, and the global and
       the modality expert start at zero output (their last Linear is 0, and learns from the first step). The block
       computes y = x + attention(x), then y + mlp(ln_2(y)) for K > 1, whatever the router says, as gates sum to 1;
-      y + p * mlp(ln_2(y)) for K = 1, p the probability of the chosen expert. The router, which is not
-      touched, breaks the tie in training. In a `dense` model the global expert is CLIP's FFN, the other two are zero.
+      y + p * mlp(ln_2(y)) for K = 1, p the probability of the chosen expert. The router is not touched: it breaks the
+      tie in training. In a `dense` model the global expert is CLIP's FFN, and the other two are zero.
 
     This holds without dropout and for layer_norm_eps 1e-5, CLIP's own; a CLIP trained with QuickGELU, as OpenAI's were,
     is met closely, not exactly.
@@ -91,9 +91,8 @@ def start_from(model: ImageClassifier | Captioner, source: str) -> list[str]:
         _upcycle("image_encoder", backbone.image_encoder.blocks, clip, IMAGE_TOWER),
     ]
     if not any(part.copied for part in parts):
-        raise UserError(
-            f"init is {source!r}: nothing of it fits this model: {_needed(clip.state, backbone.config.activation)}"
-        )
+        takes = _needed(clip.state, backbone.config.activation)
+        raise UserError(f"init is {source!r}: nothing of it fits this model: {takes}")
     return [f"{part.name}: {'copied' if part.copied else 'skipped'}, {part.how}" for part in parts]
 
 
@@ -110,10 +109,8 @@ def _created(source: str) -> Clip:
     tag = open_clip.get_pretrained_cfg(name, weights)
     if not tag and not Path(weights).is_file():
         tags = open_clip.list_pretrained_tags_by_model(name)
-        known = f"a file or one of {', '.join(tags)}" if tags else "a file: open_clip has no tags for it"
-        raise UserError(
-            f"init is {source!r}: {name} has no tag {weights!r}, and there is no such file: it must be {known}"
-        )
+        known = f"a file, or one of {', '.join(tags)}" if tags else "a file, as it has no tags"
+        raise UserError(f"init is {source!r}: {name} has no tag {weights!r}, nor is that a file: it must be {known}")
     # Downloaded apart: within create_model a failure is also logged, past the caller.
     try:
         path = open_clip.download_pretrained(tag) if tag else weights
@@ -141,7 +138,9 @@ def _read(source: str) -> dict[str, Tensor]:
             return _named(load_file(path))
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"init is {source!r}: the file is damaged, or holds more than tensors: {FORM}") from error
+        raise UserError(
+            f"init is {source!r}: it cannot be read, is damaged, or holds more than tensors: {FORM}"
+        ) from error
     if isinstance(content, dict):
         content = content.get("state_dict", content)
     if not isinstance(content, dict):

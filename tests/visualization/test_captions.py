@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
 from diffmoe.visualization import caption_sheet, ranked_texts, retrieval_grid, style
@@ -92,7 +94,7 @@ class TestWrap:
         lines = style.wrap(TEXTS[5], width, style.SMALL).split("\n")
         assert len(lines) > 1
         assert [word for line in lines for word in line.split()] == words
-        for line, following in zip(lines[:-1], lines[1:], strict=True):
+        for line, following in pairwise(lines):
             assert style.inches(f"{line} {following.split()[0]}", style.SMALL) > width
 
     @pytest.mark.parametrize("text", [TEXTS[2], TEXTS[3], "x " + "W" * 500])
@@ -150,9 +152,9 @@ class TestCaptionSheet:
         references = [f"what a person wrote about the picture with the number {n}" for n in range(count)]
         figure = caption_sheet(images, captions, references)
         assert len(figure.axes) == count
-        for axes, *wanted in zip(figure.axes, images, captions, references, strict=True):
-            assert_shows(axes, wanted[0])
-            assert written(axes) == wanted[1:]
+        for axes, image, *texts in zip(figure.axes, images, captions, references, strict=True):
+            assert_shows(axes, image)
+            assert written(axes) == texts
             assert [text.get_color() for text in axes.texts] == [style.INK, style.MUTED]
 
     def test_without_references(self) -> None:
@@ -236,7 +238,7 @@ class TestRankedTexts:
         shown, axes = ranked_texts(image, texts, scores).axes
         assert_shows(shown, image)
         assert [label.get_text() for label in axes.get_yticklabels()] == ["a dog", "a fox", "a cat", "a wolf"]
-        bars = axes.containers[0].patches
+        bars = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
         np.testing.assert_allclose([bar.get_width() for bar in bars], [0.4, 0.4, 0.1, -0.25])
         np.testing.assert_allclose([bar.get_y() + bar.get_height() / 2 for bar in bars], axes.get_yticks())
         assert written(axes) == ["0.400", "0.400", "0.100", "-0.250"]

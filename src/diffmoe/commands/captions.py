@@ -45,7 +45,7 @@ from diffmoe.model.captioner import Captioner
 from diffmoe.settings import Settings
 from diffmoe.training import CaptionObjective, Metrics
 
-SHEET = 24
+SHEET = 12
 """Pictures on the sheet of captions."""
 
 

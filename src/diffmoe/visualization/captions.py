@@ -35,7 +35,10 @@ def caption_sheet(images: Tensor, captions: Sequence[str], references: Sequence[
     for texts in written:
         _check_count("captions", len(texts), images)
     side = 2.1
-    wrapped = [[style.wrap(text, side, style.SMALL) for text in texts] for texts in zip(*written, strict=True)]
+    wrapped = [
+        [style.wrap(text if text.strip() else "(nothing)", side, style.SMALL) for text in texts]
+        for texts in zip(*written, strict=True)
+    ]
     below = [sum(PAD + _height(text) for text in texts) for texts in wrapped]
     figure, panels = _grid(images, side, below, most_columns=4)
     for axes, (caption, *reference) in zip(panels, wrapped, strict=True):

@@ -139,7 +139,7 @@ def test_all_captions_know_their_picture_and_what_tokens_are_used() -> None:
     assert detokenize(tokens) == ["a dog", "a cat", "a dog runs"]
     assert mask.sum(1).tolist() == [4, 4, 5]
     assert image_of_text.tolist() == [0, 0, 1]
-    used = used_tokens(split, 16)
+    used = used_tokens(tokens, mask)
     assert used.tolist() == sorted(set(tokens[mask.bool()].tolist()) - {49406})
     assert END_ID in used
 

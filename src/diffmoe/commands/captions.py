@@ -19,10 +19,10 @@ from diffmoe.commands.preparation import (
     data_info,
     open_for_test,
     parameter_counts,
+    training_options,
 )
 from diffmoe.config import GenerationConfig, UserError
 from diffmoe.data import (
-    Augmentation,
     CaptionBatches,
     CaptionSplit,
     caption_tokens,
@@ -62,19 +62,11 @@ def prepare(settings: Settings, fabric: Fabric) -> TrainingParts:
         data.train,
         config.batch_size,
         max_text_len=max_len,
-        mean=info.mean,
-        std=info.std,
-        device=fabric.device,
-        shuffle=True,
-        seed=config.seed,
-        augment=Augmentation.from_config(settings.data),
-        rank=fabric.global_rank,
-        world_size=fabric.world_size,
-        num_workers=settings.data.num_workers,
+        **training_options(settings, fabric, info),
     )
     validation = _in_order(data.validation, info, max_len, fabric.device, settings.data.num_workers)
     torch.manual_seed(config.seed)
-    model = Captioner(settings.model, used_tokens(data.train, max_len))
+    model = Captioner(settings.model, used_tokens(batches.tokens, batches.mask))
     summary = (
         f"{data.name}: {len(data.train):,} training, {len(data.validation):,} validation and {len(data.test):,} test "
         f"pictures, {sum(map(len, data.train.captions)):,} training captions of {len(model.output_tokens):,} tokens"

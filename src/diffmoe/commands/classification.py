@@ -19,9 +19,10 @@ from diffmoe.commands.preparation import (
     data_info,
     open_for_test,
     parameter_counts,
+    training_options,
 )
 from diffmoe.config import ModelConfig, UserError
-from diffmoe.data import Augmentation, Batches, ImageDataset, Split, class_descriptions, load_dataset, tokenize
+from diffmoe.data import Batches, ImageDataset, Split, class_descriptions, load_dataset, tokenize
 from diffmoe.model.heads import ImageClassifier
 from diffmoe.settings import Settings
 from diffmoe.training import ClassificationObjective, Metrics
@@ -37,15 +38,7 @@ def prepare(settings: Settings, fabric: Fabric) -> TrainingParts:
     batches = Batches(
         data.train,
         config.batch_size,
-        mean=info.mean,
-        std=info.std,
-        device=fabric.device,
-        shuffle=True,
-        seed=config.seed,
-        augment=Augmentation.from_config(settings.data),
-        rank=fabric.global_rank,
-        world_size=fabric.world_size,
-        num_workers=settings.data.num_workers,
+        **training_options(settings, fabric, info),
     )
     validation = _in_order(data.validation, info, fabric.device, settings.data.num_workers)
     torch.manual_seed(config.seed)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffmoe.commands.use import BATCH, UsedModel, open_model
+from diffmoe.commands.preparation import EVALUATION_BATCH
+from diffmoe.commands.use import UsedModel, open_model
 from diffmoe.config import UserError
 from diffmoe.data import tokenize
 from diffmoe.model.captioner import Captioner
@@ -57,7 +58,9 @@ def _classify(
     """
     with torch.inference_mode():
         classes = model.class_features()
-        chunks = [model(used.prepare(part), classes=classes)["logits"].float() for part in pictures.split(BATCH)]
+        chunks = [
+            model(used.prepare(part), classes=classes)["logits"].float() for part in pictures.split(EVALUATION_BATCH)
+        ]
         probabilities = torch.cat(chunks).softmax(-1).cpu()
         if text is None:
             return probabilities, None

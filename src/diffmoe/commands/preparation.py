@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
+from lightning_fabric import Fabric
 from torch import nn
 
 from diffmoe.checkpoint import DataInfo, load_checkpoint
 from diffmoe.config import DataConfig, ModelConfig, UserError, dataset_name
-from diffmoe.data import VOCAB_SIZE, CaptionDataset, ImageDataset
+from diffmoe.data import VOCAB_SIZE, Augmentation, CaptionDataset, ImageDataset
 from diffmoe.files import check_writable
 from diffmoe.hardware import keep_freed_memory, pick_device, use_fast_matmul
 from diffmoe.model.captioner import Captioner
@@ -24,7 +25,7 @@ from diffmoe.settings import Settings
 from diffmoe.training import Batches, Metrics
 
 EVALUATION_BATCH = 500
-"""Pictures at a time in evaluation; no result depends on it."""
+"""Pictures or texts at a time in evaluation; no result depends on it."""
 
 
 M = TypeVar("M", ImageClassifier, Captioner)
@@ -92,6 +93,21 @@ def data_info(data: ImageDataset | CaptionDataset, config: DataConfig) -> DataIn
     class_names = data.class_names if isinstance(data, ImageDataset) else ()
     fractions = (config.val_fraction, config.test_fraction, config.split_seed)
     return DataInfo(data.name, class_names, data.mean, data.std, *fractions)
+
+
+def training_options(settings: Settings, fabric: Fabric, info: DataInfo) -> dict[str, Any]:
+    """What the training batches of either task are told beside their split and size."""
+    return {
+        "mean": info.mean,
+        "std": info.std,
+        "device": fabric.device,
+        "shuffle": True,
+        "seed": settings.training.seed,
+        "augment": Augmentation.from_config(settings.data),
+        "rank": fabric.global_rank,
+        "world_size": fabric.world_size,
+        "num_workers": settings.data.num_workers,
+    }
 
 
 def check_vocabulary(config: ModelConfig) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffmoe.commands.use import BATCH, UsedModel, open_model
+from diffmoe.commands.preparation import EVALUATION_BATCH
+from diffmoe.commands.use import UsedModel, open_model
 from diffmoe.config import DataConfig, UserError, dataset_name
 from diffmoe.data import LazyImages, check_dataset, load_captions, load_dataset
 from diffmoe.data.folders import FilePictures, picture_files
@@ -135,7 +136,7 @@ def _open_index(path: Path, model: str, gallery: str, overwrite: bool) -> Index 
 
 
 def _encode_gallery(used: UsedModel, images: Tensor | LazyImages) -> Tensor:
-    rows = torch.arange(len(images)).split(BATCH)
+    rows = torch.arange(len(images)).split(EVALUATION_BATCH)
     return torch.cat([used.encode_pictures(images[part]) for part in rows])
 
 

@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 
 from diffmoe.checkpoint import DataInfo, load_checkpoint
+from diffmoe.commands.preparation import EVALUATION_BATCH
 from diffmoe.data import normalize, read_picture, tokenize
 from diffmoe.hardware import pick_device, use_fast_matmul
 from diffmoe.model.captioner import Captioner
 from diffmoe.model.heads import ImageClassifier
 from diffmoe.model.multimodal import MultiModalMoE
-
-BATCH = 500
-"""Pictures or texts at a time; no result depends on it."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +43,18 @@ class UsedModel:
     def encode_pictures(self, pictures: Tensor) -> Tensor:
         """uint8 (N, C, H, W) -> unit-norm embeddings (N, D), on the CPU."""
         with torch.inference_mode():
-            chunks = [self.backbone.encode_image(self.prepare(part)).float().cpu() for part in pictures.split(BATCH)]
+            chunks = [
+                self.backbone.encode_image(self.prepare(part)).float().cpu()
+                for part in pictures.split(EVALUATION_BATCH)
+            ]
         return torch.cat(chunks).clone()
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """N texts -> unit-norm embeddings (N, D), on the CPU. Those over the model's max_text_len are cut."""
         chunks = []
         with torch.inference_mode():
-            for start in range(0, len(texts), BATCH):
-                tokens, mask = tokenize(texts[start : start + BATCH], self.model.config.max_text_len)
+            for start in range(0, len(texts), EVALUATION_BATCH):
+                tokens, mask = tokenize(texts[start : start + EVALUATION_BATCH], self.model.config.max_text_len)
                 chunks.append(self.backbone.encode_text(tokens.to(self.device), mask.to(self.device)).float().cpu())
         return torch.cat(chunks).clone()
 

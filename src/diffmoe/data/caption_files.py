@@ -61,11 +61,20 @@ def find_caption_files(place: Path) -> CaptionFiles | None:
         return _read_table(place) if place.suffix in TABLE_SUFFIXES else None
     if (place / FLICKR_TOKENS).is_file():
         return _read_flickr(place)
-    tables = [path for path in sorted(place.glob("*")) if path.suffix in TABLE_SUFFIXES] if place.is_dir() else []
+    tables = _tables(place)
     named = [path for path in tables if path.stem == "captions"]
     if len(tables) > 1 and not named:
         raise UserError(f"{place} holds {len(tables)} tables: name the one with the captions captions.csv or .jsonl")
     return _read_table((named or tables)[0]) if tables else None
+
+
+def has_caption_files(folder: Path) -> bool:
+    """Whether `find_caption_files` has something to read there; reads nothing."""
+    return (folder / FLICKR_TOKENS).is_file() or bool(_tables(folder))
+
+
+def _tables(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.glob("*")) if path.suffix in TABLE_SUFFIXES]
 
 
 def _read_table(path: Path) -> CaptionFiles:

@@ -78,9 +78,8 @@ def caption_tokens(split: CaptionSplit, max_text_len: int) -> CaptionTokens:
     return CaptionTokens(tokens, mask, torch.arange(len(split)).repeat_interleave(counts))
 
 
-def used_tokens(split: CaptionSplit, max_text_len: int) -> Tensor:
-    """The ids in the captions, sorted int64 (V,), the end token among them: what a model of them can learn to write."""
-    tokens, mask, _ = caption_tokens(split, max_text_len)
+def used_tokens(tokens: Tensor, mask: Tensor) -> Tensor:
+    """The ids in captions (M, T), sorted int64 (V,), the end token among them: what a model can learn to write."""
     used = tokens[mask.bool()].unique()
     return used[used != START_ID]
 

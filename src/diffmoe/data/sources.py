@@ -14,7 +14,7 @@ from torch import Tensor
 from diffmoe.config import EMBEDDED_DATASETS, HUB_DATASETS, DataConfig, UserError, dataset_name, nearest
 from diffmoe.data import shapes
 from diffmoe.data.cache import cache_path, read_cache, write_cache
-from diffmoe.data.caption_files import find_caption_files
+from diffmoe.data.caption_files import find_caption_files, has_caption_files
 from diffmoe.data.captions import CaptionDataset, CaptionSplit
 from diffmoe.data.folders import FolderSource, has_class_folders
 from diffmoe.data.hub import check_hub
@@ -90,9 +90,17 @@ def check_dataset(config: DataConfig) -> Task:
     An unknown name (with the nearest known), a folder that is missing, empty or without classes, a table without
     the columns, a hub that does not answer.
     """
-    if config.dataset in EMBEDDED_DATASETS:
-        return "captions" if config.dataset == "shapes" else "classification"
-    return "captions" if find_source(config).has_captions else "classification"
+    return _open(config)[0]
+
+
+def _open(config: DataConfig, wanted: Task | None = None) -> tuple[Task, Source | None]:
+    """What the set teaches, which must be `wanted`, and where it is: None for one that the program makes."""
+    source = None if config.dataset in EMBEDDED_DATASETS else find_source(config)
+    has_captions = config.dataset == "shapes" if source is None else source.has_captions
+    task: Task = "captions" if has_captions else "classification"
+    if wanted is not None and task != wanted:
+        raise UserError(f"dataset {config.dataset!r} is for {task}: {wanted} needs one with other columns")
+    return task, source
 
 
 def load_dataset(config: DataConfig, *, img_size: int, in_channels: int, progress: bool = True) -> ImageDataset:
@@ -103,10 +111,10 @@ def load_dataset(config: DataConfig, *, img_size: int, in_channels: int, progres
     Raises `UserError` where the set or one of its pictures will not do.
     """
     check_channels(in_channels)
-    _check_task(config, "classification")
-    if config.dataset in EMBEDDED_DATASETS:
+    _, found = _open(config, "classification")
+    if found is None:
         return _assemble(config, *_read_digits(img_size, in_channels), progress)
-    source = cast(LabelledSource, find_source(config))
+    source = cast(LabelledSource, found)
     if _fits_in_memory(source, config, img_size, in_channels):
         return _assemble(config, *_decode_source(source, img_size, in_channels, progress), progress)
     class_names, encoded = source.read(in_memory=False)
@@ -120,10 +128,10 @@ def load_dataset(config: DataConfig, *, img_size: int, in_channels: int, progres
 def load_captions(config: DataConfig, *, img_size: int, in_channels: int, progress: bool = True) -> CaptionDataset:
     """Find a set with captions and make it ready, as `load_dataset` does one with labels."""
     check_channels(in_channels)
-    _check_task(config, "captions")
-    if config.dataset in EMBEDDED_DATASETS:
+    _, found = _open(config, "captions")
+    if found is None:
         return _assemble_captions(config, shapes.draw_splits(img_size, in_channels), progress)
-    source = cast(CaptionedSource, find_source(config))
+    source = cast(CaptionedSource, found)
     if _fits_in_memory(source, config, img_size, in_channels):
         return _assemble_captions(config, _decode_captions(source, img_size, in_channels, progress), progress)
     splits = {
@@ -131,11 +139,6 @@ def load_captions(config: DataConfig, *, img_size: int, in_channels: int, progre
         for name, (pictures, captions) in source.read_captions(in_memory=False).items()
     }
     return _assemble_captions(config, splits, progress)
-
-
-def _check_task(config: DataConfig, wanted: Task) -> None:
-    if (found := check_dataset(config)) != wanted:
-        raise UserError(f"dataset {config.dataset!r} is for {found}: {wanted} needs one with other columns")
 
 
 def _fits_in_memory(source: Source, config: DataConfig, img_size: int, in_channels: int) -> bool:
@@ -181,7 +184,7 @@ def _find_in(data_dir: Path, name: str) -> Path:
 
 
 def _holds_set(folder: Path) -> bool:
-    return bool(parquet_files(folder)) or has_class_folders(folder) or find_caption_files(folder) is not None
+    return bool(parquet_files(folder)) or has_class_folders(folder) or has_caption_files(folder)
 
 
 def _open_folder(folder: Path) -> Source:

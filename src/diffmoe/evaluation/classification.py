@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffmoe.config import UserError
+from diffmoe.model.layers import evaluating
 
 CALIBRATION_BINS = 15
 """Equal bins of confidence, as in Guo et al. 2017."""
@@ -44,18 +45,6 @@ class Predictions:
     def predicted(self) -> Tensor:
         """(N,) int64, the class with the largest logit; the first of equals."""
         return self.logits.argmax(dim=1)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put `model` in evaluation mode, then each of its modules back in the mode that it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager

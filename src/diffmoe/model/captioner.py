@@ -7,8 +7,6 @@ R captions being written.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from diffmoe.model.cache import CaptionCache
 from diffmoe.model.encoders import Encoded
 from diffmoe.model.features import ImageFeatures, TextFeatures
 from diffmoe.model.generation import Generated, check_generation, search
+from diffmoe.model.layers import evaluating
 from diffmoe.model.multimodal import MultiModalMoE
 
 START_ID, END_ID = 49406, 49407
@@ -192,7 +191,7 @@ class Captioner(nn.Module):
         config = _with_fields(config or GenerationConfig(), fields)
         check_generation(config, self.config.max_text_len)
         end = self._end_column()
-        with _evaluating(self), torch.inference_mode():
+        with evaluating(self), torch.inference_mode():
             decoder = _Decoder(self, self.backbone.image_features(images).features, use_cache)
             found = search(decoder, len(images), end, self.config.max_text_len - 1, config, seed, images.device)
             words = self.output_tokens[found.tokens.clamp_min(0)].masked_fill(found.tokens < 0, PADDING_ID)
@@ -270,15 +269,3 @@ def _with_fields(config: GenerationConfig, fields: dict[str, Any]) -> Generation
         if name not in known:
             raise UserError(f"{name} is no setting of generation{nearest(name, known)}: {', '.join(known)}")
     return dataclasses.replace(config, **fields)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; every module's own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -6,6 +6,8 @@ Shapes: B batch, N query tokens, S context tokens, D width, H heads, C channels.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -204,3 +206,15 @@ def _explicit_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None)
         scores_BHNS = scores_BHNS.masked_fill(~allowed, float("-inf"))
     weights_BHNS = scores_BHNS.softmax(-1)
     return weights_BHNS @ v, weights_BHNS
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put `model` in evaluation mode, then each of its modules back in the mode that it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -39,6 +39,7 @@ SPECIFIED = {
     "activation": "gelu",
     "layer_norm_eps": 1e-5,
     "initializer_range": 0.02,
+    "position_range": 0.02,
     "use_gradient_checkpointing": True,
     "vocab_size": 50000,
     "max_text_len": 32,
@@ -140,7 +141,10 @@ IMPOSSIBLE: list[tuple[type, str, Any, str]] = [
     *((ModelConfig, name, 0, "at least 1") for name in ("num_heads", "img_encoder_layers", "text_encoder_layers")),
     *((ModelConfig, name, 0, "at least 1") for name in ("num_general_experts", "top_k", "num_classes")),
     *((ModelConfig, name, -1, "at least 1") for name in ("vocab_size", "text_embed_dim")),
-    *((ModelConfig, name, -1, "at least 0") for name in ("fusion_layers", "initializer_range", "balance_bias_rate")),
+    *(
+        (ModelConfig, name, -1, "at least 0")
+        for name in ("fusion_layers", "initializer_range", "position_range", "balance_bias_rate")
+    ),
     *((ModelConfig, f.name, -0.1, "at least 0") for f in dataclasses.fields(ModelConfig) if "weight" in f.name),
     (ModelConfig, "router_z_loss_weight", math.nan, "at least 0"),
     (ModelConfig, "max_text_len", 2, "at least 3"),

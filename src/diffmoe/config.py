@@ -111,6 +111,8 @@ class ModelConfig:
     """Epsilon of every LayerNorm."""
     initializer_range: float = 0.02
     """Standard deviation of the initial weights."""
+    position_range: float = 0.02
+    """Standard deviation of the initial positions of the patches: a larger one tells a model early where things are."""
     use_gradient_checkpointing: bool = True
     """Recompute each block in the backward pass: less memory, about a third more time."""
     expert_backend: Literal["auto", "sorted", "padded", "grouped", "masked"] = "auto"
@@ -156,7 +158,7 @@ class ModelConfig:
             "vocab_size",
             "text_embed_dim",
         )
-        _check_at_least(self, 0, "fusion_layers", "initializer_range", "balance_bias_rate")
+        _check_at_least(self, 0, "fusion_layers", "initializer_range", "position_range", "balance_bias_rate")
         _check_at_least(self, 3, "max_text_len")
         _check_fraction(self, "dropout")
         _check(0 < self.expansion_factor < float("inf"), "expansion_factor", self.expansion_factor, "over 0 and finite")

@@ -314,11 +314,12 @@ def test_routers_keep_their_own_initialisation_through_the_whole_models_initiali
 
 
 def test_initial_weights_have_the_range_of_the_config() -> None:
-    model = make(initializer_range=0.3, embed_dim=64)
+    model = make(initializer_range=0.3, position_range=0.7, embed_dim=64)
     pool = next(m for m in model.modules() if isinstance(m, GeneralExperts))
-    weights = (model.image_position, model.token_embedding.weight, model.token_projection.weight, pool.fc1_weight)
+    weights = (model.text_position, model.token_embedding.weight, model.token_projection.weight, pool.fc1_weight)
     for weight in weights:
         assert weight.std().item() == pytest.approx(0.3, rel=0.1)
+    assert model.image_position.std().item() == pytest.approx(0.7, rel=0.1)
     assert not model.token_projection.bias.any()
 
 

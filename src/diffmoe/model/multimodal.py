@@ -294,5 +294,6 @@ def init_weights(model: nn.Module, std: float) -> None:
         if isinstance(module, GeneralExperts):
             module.reset_parameters(std)
         if isinstance(module, MultiModalMoE):
-            for parameter in (module.image_position, module.text_position, module.modality_embedding):
+            nn.init.normal_(module.image_position, std=module.config.position_range)
+            for parameter in (module.text_position, module.modality_embedding):
                 nn.init.normal_(parameter, std=std)

@@ -9,6 +9,7 @@ READY  := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/python main.py --dataset digits --mode train_test \
 		--save_dir checkpoints/demo --output_dir visualizations/demo --overwrite
+	@echo 'to see what its experts do with a picture: $(BIN)/diffmoe app   then open http://127.0.0.1:7860'
 
 test: $(READY)
 	$(BIN)/python -m pytest
@@ -28,5 +29,5 @@ clean:
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -c constraints.txt -e '.[dev,caption,bench]'
+	$(BIN)/pip install -c constraints.txt -e '.[dev,caption,bench,app]'
 	touch $@

@@ -28,6 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("evaluation", "profiling", "retrieval"),
     ("runs", "visualization"),
     ("commands",),
+    ("app",),
     ("cli",),
 )
 LAYER_OF = {part: number for number, parts in enumerate(LAYERS) for part in parts}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from diffmoe.commands import classification, training
 from diffmoe.runs import RunFiles
@@ -23,12 +25,17 @@ def read_metrics(save_dir: Path) -> dict[str, Any]:
     return json.loads((save_dir / "digits" / "metrics.json").read_text())
 
 
-def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard shows of a folder: each curve's steps and values."""
+def read_events(folder: Path) -> Any:
+    """What TensorBoard shows of a folder."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(folder))
-    events.Reload()
+    events = EventAccumulator(str(folder), size_guidance={"histograms": 0, "images": 0})
+    return events.Reload()
+
+
+def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Each curve's steps and values."""
+    events = read_events(folder)
     return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
 
 
@@ -69,6 +76,13 @@ class TestHistory:
         assert files.read_history() == list(self.ROWS)
         assert [list(row) for row in files.read_history()] == [list(row) for row in self.ROWS]
 
+    def test_rows_of_an_earlier_version_have_nan_where_a_figure_is_new(self, tmp_path):
+        files = RunFiles("digits", str(tmp_path))
+        files.write_history([{"epoch": 1.0}, {"epoch": 2.0, "load": 0.5}])
+        first, second = files.read_history()
+        assert math.isnan(first["load"])
+        assert second == {"epoch": 2.0, "load": 0.5}
+
     def test_none_is_no_rows(self, tmp_path):
         assert RunFiles("digits", str(tmp_path)).read_history() == []
 
@@ -86,6 +100,37 @@ class TestTensorBoard:
         assert scalars.keys() == rows[0].keys() - {"epoch", "step"}
         for name, points in scalars.items():
             assert points == [(int(row["step"]), pytest.approx(float(row[name]), rel=1e-6)) for row in rows]
+
+    def test_histograms_are_the_experts_load_of_the_history(self, trained):
+        events = read_events(trained.save_dir / "digits")
+        tags = {name for name in events.Tags()["histograms"] if name.startswith("expert_load/")}
+        assert tags == {"expert_load/image_0", "expert_load/text_0"}
+        rows = RunFiles("digits", str(trained.save_dir)).read_history()
+        for tag in tags:
+            for event, row in zip(events.Histograms(tag), rows, strict=True):
+                assert event.step == row["step"]
+                counts = dict(zip(event.histogram_value.bucket_limit, event.histogram_value.bucket, strict=True))
+                num_experts = sum(name.startswith(f"{tag}/") for name in row)
+                found = [counts.get(expert + 0.5, 0) / event.histogram_value.num for expert in range(num_experts)]
+                assert found == pytest.approx([row[f"{tag}/{expert}"] for expert in range(num_experts)], abs=1e-6)
+                assert sum(found) == pytest.approx(1)
+
+    def test_has_the_routing_maps_of_the_same_pictures_at_every_epoch(self, trained):
+        first, last = read_events(trained.save_dir / "digits").Images("routing_maps")
+        assert (first.step, last.step) == (5, 10)
+        pictures = [Image.open(io.BytesIO(event.encoded_image_string)) for event in (first, last)]
+        side = 4 * 32  # 4 x 4 patches, 32 dots each
+        assert {picture.size for picture in pictures} == {(2 * side, 4 * side)}  # 4 pictures, each beside its map
+        assert len({picture.crop((0, 0, side, 4 * side)).tobytes() for picture in pictures}) == 1
+        assert len({picture.tobytes() for picture in pictures}) == 2
+
+    def test_a_dense_model_has_no_experts_to_show(self, cli, tiny_flags, tmp_path):
+        flags = ("--preset", "tiny-dense", *tiny_flags, "--epochs", 1, "--save_dir", tmp_path)
+        assert cli("train", *flags).code == 0
+        tags = read_events(tmp_path / "digits").Tags()
+        assert not tags["histograms"]
+        assert not tags["images"]
+        assert not any(name.startswith(("expert_load", "router_entropy")) for name in tags["scalars"])
 
     def test_shows_a_resumed_run_once(self, cli, trained, tmp_path, monkeypatch):
         """A run that died after it wrote an epoch's events and before it saved: the epoch is run again."""

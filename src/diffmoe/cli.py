@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -27,6 +29,9 @@ COMMANDS = {
     "zero-shot": "classify pictures by names or sentences of your own",
     "retrieve": "find pictures by a text, or texts by a picture",
     "caption": "write a sentence for each picture",
+    "visualize": "see what the experts do: figures and one page with all of them",
+    "profile": "what a model costs: parameters, FLOPs, time and memory by part, speed beside the dense model",
+    "app": "serve a web page that does all of this with a picture",
 }
 
 HELP = f"""usage: diffmoe <command> [flags]      (or: python main.py --mode {{{",".join(MODES)}}} [flags])
@@ -146,18 +151,104 @@ def caption(argv: list[str]) -> int:
     return _print(results, args.json, lambda rows: [print(f"{row['image']}: {row['caption']}") for row in rows])
 
 
-USES = {"predict": predict, "zero-shot": zero_shot, "retrieve": retrieve, "caption": caption}
+def app(argv: list[str]) -> int:
+    """Parse and run `diffmoe app`."""
+    parser = _bare_parser("app", "Serve a web page on this machine: a picture in, what the experts do out.")
+    parser.add_argument("--checkpoint", nargs="+", default=[], metavar="FILE", help="model files to choose from")
+    parser.add_argument(
+        "--checkpoints_dir", default="checkpoints", help="without --checkpoint: all model files in this folder"
+    )
+    parser.add_argument("--gallery", metavar="DIR", help="the folder of pictures that may be searched; default: none")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
+    )
+    parser.add_argument("--port", type=int, default=7860, help="default: 7860")
+    parser.add_argument("--lang", choices=("en", "zh"), default="en", help="language of the page when it opens")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    args = vars(parser.parse_args(argv))
+    from diffmoe.app import serve
+
+    serve(args.pop("checkpoint"), language=args.pop("lang"), **args)
+    return 0
+
+
+def visualize(argv: list[str]) -> int:
+    """Parse and run `diffmoe visualize`."""
+    parser = _parser("visualize", "See what the experts of a trained model do: figures, and a page that holds them.")
+    parser.epilog = "Also --output_dir, --figure_format, --dpi, --examples and --weakest_classes, as in training."
+    parser.add_argument("--dataset", help="the one that it was trained on; default: by the name in the model file")
+    parser.add_argument("--data_dir", help="folder that holds the dataset")
+    parser.add_argument("--split", choices=("train", "validation", "test"), default="test", help="(default: test)")
+    parser.add_argument("--lang", choices=("en", "zh"), default="en", help="language of the page (default: en)")
+    args, rest = parser.parse_known_args(argv)
+    show = parse_group("visualization", rest, prog="diffmoe visualize")
+    from diffmoe.commands.visualize import visualize as run
+
+    written = run(
+        args.checkpoint,
+        **{name: getattr(args, name) for name in ("dataset", "data_dir", "split", "lang", "device")},
+        show=show,
+        command=shlex.join(["diffmoe", "visualize", *argv]),
+    )
+    return _print(written, args.json, lambda paths: print(f"report: {paths['report']}"))
+
+
+def profile(argv: list[str]) -> int:
+    """Parse and run `diffmoe profile`."""
+    parser = _bare_parser("profile", "What a model costs, by part: a trained one, or a fresh one of any settings.")
+    parser.epilog = (
+        "Also the flags of `diffmoe train`: --checkpoint, --dataset, --data_dir, --preset, --batch_size (of the step "
+        "that is taken apart), --seed, --device, --output_dir, and every field of the model."
+    )
+    parser.add_argument(
+        "--batch_sizes", nargs="+", type=int, default=[1, 8, 64, 256], metavar="N", help="of the throughput's curve"
+    )
+    parser.add_argument("--steps", type=int, default=10, help="measured steps and rounds; medians count (default: 10)")
+    parser.add_argument(
+        "--trace", action=argparse.BooleanOptionalAction, default=True, help="write a trace that Perfetto opens"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    args, rest = parser.parse_known_args(argv)
+    if min(args.batch_sizes) < 1:
+        raise UserError(f"batch_sizes are {' '.join(map(str, args.batch_sizes))}: each must be at least 1")
+    if args.steps < 1:
+        raise UserError(f"steps is {args.steps}: it must be at least 1")
+    settings = parse_settings(rest, prog="diffmoe profile", mode="profile")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own chatter; read when torch is imported
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from diffmoe.commands.profile import profile as run
+    from diffmoe.commands.profile_tables import print_profile
+
+    result = run(settings, sorted(set(args.batch_sizes)), args.steps, args.trace)
+    return _print(result, args.json, print_profile)
+
+
+USES = {
+    "predict": predict,
+    "zero-shot": zero_shot,
+    "retrieve": retrieve,
+    "caption": caption,
+    "app": app,
+    "visualize": visualize,
+    "profile": profile,
+}
 """The commands that use a trained model."""
 
 
-def _parser(command: str, description: str, images: str | None = None) -> argparse.ArgumentParser:
-    """A parser with the flags that all uses of a model share."""
+def _bare_parser(command: str, description: str) -> argparse.ArgumentParser:
+    """A parser without flags, whose errors are one line."""
     parser = argparse.ArgumentParser(prog=f"diffmoe {command}", description=description, allow_abbrev=False)
 
     def error(message: str) -> NoReturn:
         raise UserError(f"{message}; {parser.prog} --help lists all flags")  # argparse's own is two lines and an exit
 
     parser.error = error
+    return parser
+
+
+def _parser(command: str, description: str, images: str | None = None) -> argparse.ArgumentParser:
+    """A parser with the flags that all uses of a model share."""
+    parser = _bare_parser(command, description)
     if images:
         parser.add_argument("images", nargs=images, metavar="IMAGE", help="picture files of any size and kind")
     parser.add_argument("--checkpoint", required=True, help="model file, such as checkpoints/cifar10_model.pth")

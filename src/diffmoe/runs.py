@@ -10,17 +10,20 @@ import csv
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning_fabric import Fabric
+from numpy.typing import NDArray
 from torch import nn
 from torch.optim import Optimizer
 
 from diffmoe.checkpoint import read, write
 from diffmoe.config import RunConfig, UserError, dataset_name
+from diffmoe.evaluation.experts import BlockRouting
 from diffmoe.files import check_writable, write_atomically
 from diffmoe.settings import Settings
 from diffmoe.training import Metrics, Progress
@@ -80,12 +83,13 @@ class RunFiles:
         return found
 
     def write_history(self, rows: Iterable[Metrics]) -> None:
-        """One line for each epoch."""
+        """One line for each epoch; nan where a row has no such figure, as those of an earlier version may not."""
         rows = list(rows)
+        names = list(dict.fromkeys(name for row in rows for name in row))
 
         def write(path: Path) -> None:
             with path.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+                writer = csv.DictWriter(file, fieldnames=names, restval="nan")
                 writer.writeheader()
                 writer.writerows(rows)
 
@@ -126,14 +130,26 @@ class EpochWriter:
         if self.events is not None:
             self.events.close()
 
-    def write(self, progress: Progress) -> None:
-        """Add the last row of `progress.history`."""
+    def write(
+        self, progress: Progress, blocks: Sequence[BlockRouting] = (), routing_maps: NDArray[np.uint8] | None = None
+    ) -> None:
+        """Add the last row of `progress.history`; for TensorBoard also the load of `blocks`, and a picture of it.
+
+        `routing_maps` (height, width, 3).
+        """
         if self.events is None:
             return
         row = progress.history[-1]
         for name, value in row.items():
             if name not in ("epoch", "step"):
                 self.events.add_scalar(name, value, progress.step)
+        for block in blocks:
+            between = np.arange(block.num_experts + 1) - 0.5  # a bin for each expert
+            chosen = block.expert_ids[block.real].numpy()
+            tag = f"expert_load/{block.place}_{block.layer}"
+            self.events.add_histogram(tag, chosen, progress.step, bins=between)  # pyright: ignore[reportArgumentType]
+        if routing_maps is not None:
+            self.events.add_image("routing_maps", routing_maps, progress.step, dataformats="HWC")
         self.events.flush()
         self.files.write_history(progress.history)
         self.files.update_metrics(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -29,17 +29,6 @@ TEXTS = (
     "a girl (in a pink dress) goes up a set of stairs in an entry way, into a wooden cabin & back again",
     "$x^2$ \\oops\n\ttwo lines",
 )
-
-
-@pytest.fixture
-def only_base_font(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As on a machine with no Chinese font, and with nothing said yet."""
-    monkeypatch.setattr(style, "font_families", lambda: [style.BASE_FONT])
-    for cached in (style._drawable, style._warn_of_missing_font):
-        cached.cache_clear()
-    yield
-    for cached in (style._drawable, style._warn_of_missing_font):
-        cached.cache_clear()
 
 
 def pictures(count: int, channels: int = 3, height: int = 4, width: int = 4) -> torch.Tensor:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from lightning_fabric import Fabric
-from torch import nn
+from torch import Tensor, nn
 
-from diffmoe.checkpoint import save_model
+from diffmoe.checkpoint import DataInfo, save_model
 from diffmoe.commands.preparation import TrainingParts, check_vocabulary, parameter_counts
 from diffmoe.config import UserError
+from diffmoe.evaluation.experts import trace_experts
+from diffmoe.evaluation.history import routing_metrics
 from diffmoe.hardware import keep_freed_memory, make_fabric, use_fast_matmul
 from diffmoe.runs import EpochWriter, RunFiles, load_run, save_run
 from diffmoe.settings import Settings
 from diffmoe.training import Hooks, Progress, fit, make_optimizer
 
 HOUR = 3600
+ROUTING_MAPS = 4
+"""Pictures whose routing TensorBoard shows."""
 ELSEWHERE = ("data_dir", "num_workers", "max_memory_gb")
 """Settings that a resumed run may have others of: they say where the data is and how it is read."""
 
@@ -38,6 +42,7 @@ def train(settings: Settings, prepare: Callable[[Settings, Fabric], TrainingPart
     keep_freed_memory()
     parts = prepare(settings, fabric)
     model = parts.model
+    sample = next(iter(parts.batches.epoch()))  # before the seed is set: workers draw from torch's generator
     if settings.run.init is not None and not settings.run.resume:
         from diffmoe.pretrained import start_from
 
@@ -66,7 +71,7 @@ def train(settings: Settings, prepare: Callable[[Settings, Fabric], TrainingPart
         validate=lambda: _validate(fabric, model, parts),
         on_best=lambda: save_model(files.model, model, parts.info) if fabric.is_global_zero else None,
         on_checkpoint=lambda p: save_run(files.last, fabric, model, optimizer, p, configs),
-        on_epoch=writer.write,
+        on_epoch=lambda p: _write_epoch(fabric, model, parts.info, sample, p, writer),
         on_estimate=lambda seconds: _warn_if_slow(fabric, settings, seconds),
     )
     with writer:
@@ -82,6 +87,27 @@ def _validate(fabric: Fabric, model: nn.Module, parts: TrainingParts) -> dict[st
             torch.distributed.broadcast(buffer, src=0)
     with fabric.autocast():
         return parts.validate()
+
+
+def _write_epoch(
+    fabric: Fabric, model: nn.Module, info: DataInfo, sample: Any, progress: Progress, writer: EpochWriter
+) -> None:
+    """The epoch's row, with where the experts' load is by now: on one batch, the same at every epoch."""
+    with fabric.autocast():
+        blocks = trace_experts(model, [sample]).blocks
+    progress.history[-1] |= routing_metrics(blocks)
+    routing_maps = None
+    if blocks:
+        from diffmoe.visualization.patches import routing_sheet  # matplotlib takes a second
+
+        routing_maps = routing_sheet(_as_pictures(sample[0][:ROUTING_MAPS], info), blocks)
+    writer.write(progress, blocks, routing_maps)
+
+
+def _as_pictures(images: Tensor, info: DataInfo) -> Tensor:
+    """Normalised pictures (B, C, H, W) as uint8 again."""
+    mean_C11, std_C11 = (torch.tensor(values).view(-1, 1, 1) for values in (info.mean, info.std))
+    return (255 * (images.cpu() * std_C11 + mean_C11)).round().clamp(0, 255).byte()
 
 
 def _warn_if_slow(fabric: Fabric, settings: Settings, seconds: float) -> None:

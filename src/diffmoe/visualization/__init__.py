@@ -1,6 +1,18 @@
-"""Figures from evaluation's outputs: pure functions that return a matplotlib Figure, and `save`."""
+"""Figures from evaluation's outputs: pure functions that return a matplotlib Figure; `save`; the report's page."""
 
+from diffmoe.visualization.attention import attention_maps, attention_rollout, class_maps, word_maps
 from diffmoe.visualization.captions import caption_sheet, ranked_texts, retrieval_grid
+from diffmoe.visualization.embedding import embedding_map
+from diffmoe.visualization.experts import (
+    ablation_map,
+    coactivation_map,
+    favourite_patches,
+    load_over_time,
+    router_confidence,
+    routing_map,
+    specialization,
+    utilization,
+)
 from diffmoe.visualization.figures import (
     confusion_matrix,
     per_class,
@@ -9,15 +21,39 @@ from diffmoe.visualization.figures import (
     save,
     training_curves,
 )
+from diffmoe.visualization.language import speaking
+from diffmoe.visualization.profile import flops_against_time, memory_by_part, throughput, time_by_part
+from diffmoe.visualization.report import Facts, Section, write_report
 
 __all__ = [
+    "Facts",
+    "Section",
+    "ablation_map",
+    "attention_maps",
+    "attention_rollout",
     "caption_sheet",
+    "class_maps",
+    "coactivation_map",
     "confusion_matrix",
+    "embedding_map",
+    "favourite_patches",
+    "flops_against_time",
+    "load_over_time",
+    "memory_by_part",
     "per_class",
     "prediction_grid",
     "ranked_texts",
     "reliability_diagram",
     "retrieval_grid",
+    "router_confidence",
+    "routing_map",
     "save",
+    "speaking",
+    "specialization",
+    "throughput",
+    "time_by_part",
     "training_curves",
+    "utilization",
+    "word_maps",
+    "write_report",
 ]

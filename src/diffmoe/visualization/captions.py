@@ -15,6 +15,7 @@ from matplotlib.transforms import Transform
 from torch import Tensor
 
 from diffmoe.visualization import style
+from diffmoe.visualization.language import say
 from diffmoe.visualization.style import styled
 
 MARGIN = 0.1
@@ -36,7 +37,7 @@ def caption_sheet(images: Tensor, captions: Sequence[str], references: Sequence[
         _check_count("captions", len(texts), images)
     side = 2.1
     wrapped = [
-        [style.wrap(text if text.strip() else "(nothing)", side, style.SMALL) for text in texts]
+        [style.wrap(text if text.strip() else say("(nothing)"), side, style.SMALL) for text in texts]
         for texts in zip(*written, strict=True)
     ]
     below = [sum(PAD + _height(text) for text in texts) for texts in wrapped]
@@ -102,7 +103,7 @@ def ranked_texts(image: Tensor, texts: Sequence[str], scores: Tensor, probabilit
     axes.tick_params(length=0, pad=2 * PAD * 72)
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
-    axes.set_title("probability" if probabilities else "similarity", fontsize=style.SMALL, color=style.MUTED)
+    axes.set_title(say("probability") if probabilities else say("similarity"), fontsize=style.SMALL, color=style.MUTED)
     for center, value in zip(centers, values, strict=True):
         number = f"{value:.1%}" if probabilities else f"{value:.3f}"
         axes.text(1.04, center, number, transform=axes.get_yaxis_transform(), va="center", fontsize=style.SMALL)

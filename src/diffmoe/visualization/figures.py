@@ -24,19 +24,13 @@ from diffmoe.config import UserError
 from diffmoe.evaluation import CALIBRATION_BINS, Predictions, calibration_bins, calibration_error
 from diffmoe.files import write_atomically
 from diffmoe.visualization import style
+from diffmoe.visualization.language import say
 from diffmoe.visualization.style import styled
 
 History = Sequence[Mapping[str, float]]
 Panel = Callable[[Axes, History], None]
 
 MAIN_LOSSES = {"train_loss", "task_loss", "val_loss"}
-AUXILIARY_TITLES = {
-    "router_z_loss": "Router z-loss",
-    "router_balance_loss": "Load balance loss",
-    "cross_modal_loss": "Cross-modal alignment loss",
-    "contrastive_loss": "Contrastive loss",
-}
-
 MARKERS_UP_TO = 25
 """A curve of at most so many points shows each of them."""
 
@@ -85,41 +79,56 @@ def _epoch_axis(axes: Axes, history: History) -> None:
     margin = max(0.5, 0.02 * (last - first))
     axes.set_xlim(first - margin, last + margin)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
-    axes.set_xlabel("epoch")
+    axes.set_xlabel(say("epoch"))
 
 
 def _loss_panel(axes: Axes, history: History) -> None:
-    _curve(axes, history, "train_loss", color=style.BLUE, label="train")
-    _curve(axes, history, "task_loss", color=style.SKY, linestyle=":", label="train, task part only")
-    _curve(axes, history, "val_loss", color=style.VERMILLION, linestyle="--", label="validation")
-    axes.set_title("Loss")
+    _curve(axes, history, "train_loss", color=style.BLUE, label=say("train"))
+    _curve(axes, history, "task_loss", color=style.SKY, linestyle=":", label=say("train, task part only"))
+    _curve(axes, history, "val_loss", color=style.VERMILLION, linestyle="--", label=say("validation"))
+    axes.set_title(say("Loss"))
     axes.legend(loc="upper right")
 
 
 def _accuracy_panel(axes: Axes, history: History, title: str) -> None:
-    _curve(axes, history, "train_accuracy", color=style.BLUE, label="train")
-    _curve(axes, history, "val_accuracy", color=style.VERMILLION, linestyle="--", label="validation")
+    _curve(axes, history, "train_accuracy", color=style.BLUE, label=say("train"))
+    _curve(axes, history, "val_accuracy", color=style.VERMILLION, linestyle="--", label=say("validation"))
     validated = [row for row in history if math.isfinite(row.get("val_accuracy", math.nan))]
     if validated:
         best = max(validated, key=lambda row: row["val_accuracy"])
-        label = f"best: {best['val_accuracy']:.1%}, epoch {best['epoch']:g}"
+        label = say("best: {accuracy:.1%}, epoch {epoch:g}", accuracy=best["val_accuracy"], epoch=best["epoch"])
         star = {"marker": "*", "markersize": 12, "color": style.VERMILLION, "markeredgecolor": "white"}
         axes.plot(best["epoch"], best["val_accuracy"], linestyle="", zorder=4, label=label, **star)
-    axes.set_title(title)
+    axes.set_title(_accuracy_title(title))
     axes.yaxis.set_major_formatter(style.percent_tick)
     axes.legend(loc="lower right")
 
 
 def _learning_rate_panel(axes: Axes, history: History) -> None:
     _curve(axes, history, "lr", color=style.INK)
-    axes.set_title("Learning rate")
+    axes.set_title(say("Learning rate"))
     axes.set_ylim(0, 1.08 * axes.dataLim.y1 or 1)
     axes.yaxis.set_major_formatter("{x:g}")
 
 
 def _auxiliary_panel(axes: Axes, history: History, key: str) -> None:
     _curve(axes, history, key, color=style.INK)
-    axes.set_title(AUXILIARY_TITLES.get(key, key.replace("_", " ").capitalize()))
+    axes.set_title(_auxiliary_title(key))
+
+
+def _accuracy_title(accuracy: str) -> str:
+    known = {"Accuracy": say("Accuracy"), "Next-token accuracy": say("Next-token accuracy")}
+    return known.get(accuracy, accuracy)
+
+
+def _auxiliary_title(key: str) -> str:
+    known = {
+        "router_z_loss": say("Router z-loss"),
+        "router_balance_loss": say("Load balance loss"),
+        "cross_modal_loss": say("Cross-modal alignment loss"),
+        "contrastive_loss": say("Contrastive loss"),
+    }
+    return known.get(key, key.replace("_", " ").capitalize())
 
 
 @styled()
@@ -149,14 +158,14 @@ def confusion_matrix(matrix: Tensor | ArrayLike, class_names: Sequence[str]) -> 
     shown = [names[tick] for tick in ticks]
     axes.set_yticks(ticks, shown)
     axes.set_xticks(ticks, shown, rotation=0 if is_flat else 90)
-    axes.set(xlabel="predicted class", ylabel="true class", title="Confusion matrix")
+    axes.set(xlabel=say("predicted class"), ylabel=say("true class"), title=say("Confusion matrix"))
     axes.spines[:].set_visible(False)
     axes.grid(visible=False)
     axes.tick_params(length=0)
     bar = figure.colorbar(image, shrink=min(1, 3 / side), aspect=15, pad=0.25 / side, ticks=[0, 0.05, 0.25, 0.5, 1])
     bar.ax.yaxis.set_major_formatter(style.percent_tick)
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
-    bar.set_label("share of the true class")
+    bar.set_label(say("share of the true class"))
     return figure
 
 
@@ -194,7 +203,7 @@ def prediction_grid(images: Tensor, labels: Tensor, probabilities: Tensor, class
         is_right = bool(predicted[i] == labels[i])
         color = style.RIGHT_COLOR if is_right else style.WRONG_COLOR
         mark = style.RIGHT if is_right else style.WRONG
-        truth = "" if is_right else f"true: {names[int(labels[i])]}"
+        truth = "" if is_right else say("true: {name}", name=names[int(labels[i])])
         guess = f"{mark} {names[int(predicted[i])]} ({confidence[i]:.0%})"
         axes.set_xlabel(f"{guess}\n{truth}", color=color, fontsize=style.SMALL)
         axes.spines[:].set(visible=True, color=color, linewidth=2)
@@ -214,17 +223,19 @@ def reliability_diagram(predictions: Predictions, bins: int = CALIBRATION_BINS) 
     centers = (filled + 0.5) / bins
     figure = Figure(figsize=(5, 5.2), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3.2, 1])
-    upper.bar(centers, accuracy, color=style.SKY, label="accuracy", **bar)
+    upper.bar(centers, accuracy, color=style.SKY, label=say("accuracy"), **bar)
     hatched = {"facecolor": (style.VERMILLION, 0.25), "edgecolor": style.VERMILLION, "hatch": "////", "zorder": 3}
-    upper.bar(centers, confidence - accuracy, bottom=accuracy, label="gap to confidence", **(bar | hatched))
-    upper.plot([0, 1], [0, 1], color=style.INK, linestyle="--", linewidth=1, label="perfectly calibrated", zorder=4)
-    upper.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
-    upper.set_title(f"Calibration: expected error {calibration_error(predictions, bins):.1%}")
+    upper.bar(centers, confidence - accuracy, bottom=accuracy, label=say("gap to confidence"), **(bar | hatched))
+    upper.plot(
+        [0, 1], [0, 1], color=style.INK, linestyle="--", linewidth=1, label=say("perfectly calibrated"), zorder=4
+    )
+    upper.set(xlim=(0, 1), ylim=(0, 1), ylabel=say("accuracy"))
+    upper.set_title(say("Calibration: expected error {error:.1%}", error=calibration_error(predictions, bins)))
     figure.legend(loc="outside lower center", ncols=3)
     upper.yaxis.set_major_formatter(style.percent_tick)
     share = binned.count.numpy()[filled] / len(predictions.labels)
     lower.bar(centers, share, color=style.MUTED, **bar)
-    lower.set(xlabel="confidence", ylabel="predictions")
+    lower.set(xlabel=say("confidence"), ylabel=say("predictions"))
     for axis in (lower.xaxis, lower.yaxis):
         axis.set_major_formatter(style.percent_tick)
     return figure
@@ -248,14 +259,15 @@ def per_class(
     figure = Figure(figsize=(7, 0.24 * len(worst) + 1.3), layout="constrained")
     axes = figure.add_subplot()
     axes.hlines(rows, precisions[worst], recalls[worst], color=style.MUTED, linewidth=2, zorder=2)
-    axes.plot(precisions[worst], rows, "o", color=style.BLUE, markersize=8, clip_on=False, label="precision", zorder=3)
-    axes.plot(recalls[worst], rows, "D", color=style.ORANGE, markersize=4.5, clip_on=False, label="recall", zorder=3)
+    dot: dict[str, Any] = {"linestyle": "", "clip_on": False, "zorder": 3}
+    axes.plot(precisions[worst], rows, marker="o", color=style.BLUE, markersize=8, label=say("precision"), **dot)
+    axes.plot(recalls[worst], rows, marker="D", color=style.ORANGE, markersize=4.5, label=say("recall"), **dot)
     axes.set_yticks(rows, [names[number] for number in worst])
     axes.set_ylim(-0.7, len(worst) - 0.3)
     axes.set_xlim(min(0.9, precisions[worst].min() - 0.02, recalls[worst].min() - 0.02), 1)
     axes.xaxis.set_major_formatter(style.percent_tick)
-    some = f"The {len(worst)} weakest of {len(precisions)} classes"
-    axes.set_title("Precision and recall by class" if len(worst) == len(precisions) else some)
+    some = say("The {shown} weakest of {all} classes", shown=len(worst), all=len(precisions))
+    axes.set_title(say("Precision and recall by class") if len(worst) == len(precisions) else some)
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.2)
     return figure
 

@@ -14,6 +14,8 @@ import matplotlib
 from matplotlib import font_manager
 from matplotlib.ft2font import FT2Font, LoadFlags
 
+from diffmoe.visualization.language import Language, chinese, current, say, speaking
+
 logger = logging.getLogger(__name__)
 
 # Okabe and Ito 2008: told apart with every common form of colour blindness, and in grey.
@@ -24,6 +26,11 @@ ORANGE = "#E69F00"
 SKY = "#56B4E9"
 PURPLE = "#CC79A7"
 PALETTE = (BLUE, VERMILLION, GREEN, ORANGE, SKY, PURPLE)
+EXPERT_COLORS = (
+    *(BLUE, ORANGE, GREEN, PURPLE, VERMILLION, SKY, "#F0E442", "#5D3A9B"),
+    *("#7A5195", "#8C6D31", "#2F4B7C", "#A3D4A0", "#7F0000", "#C2C2C2", "#004D40", "#FFB6A3"),
+)
+"""An expert's colour by its number: the eight of a tiny model are told apart by everybody."""
 
 INK = "#222222"
 MUTED = "#6B6B6B"
@@ -85,6 +92,7 @@ SETTINGS: dict[Any, Any] = {
     "axes.formatter.useoffset": False,
     "text.parse_math": False,  # a class may be called "$5"
     "text.usetex": False,
+    "svg.hashsalt": "diffmoe",  # the same figure has the same ids
 }
 
 _LOCK = RLock()
@@ -92,16 +100,51 @@ _LOCK = RLock()
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """Draw in this style; also a decorator. matplotlib's own settings are put back, and other threads wait."""
-    with _LOCK, matplotlib.rc_context({**SETTINGS, "font.family": font_families()}):
+    """Draw in this style and in a language that can be drawn; also a decorator.
+
+    matplotlib's own settings are put back, and other threads wait.
+    """
+    settings = {**SETTINGS, "font.family": font_families()}
+    with _LOCK, matplotlib.rc_context(settings), speaking(figure_language()):
         yield
+
+
+def expert_color(expert: int) -> str:
+    """The colour of expert number `expert` in every figure; the 17th has the first one's again."""
+    return EXPERT_COLORS[expert % len(EXPERT_COLORS)]
+
+
+def figure_language() -> Language:
+    """The language of figures: the current one, or English where no font has its characters, which is said once."""
+    letters = "".join("".join(chinese().values()).split())
+    if current() == "zh" and not _drawable().issuperset(map(ord, letters)):
+        _warn_of_missing_font("Chinese, so figures are in English")
+        return "en"
+    return current()
 
 
 @cache
 def font_families() -> list[str]:
     """The base font, and the first installed font that has Chinese."""
-    installed = {font.name for font in font_manager.fontManager.ttflist}
-    return [BASE_FONT, *[name for name in CJK_FONTS if name in installed][:1]]
+    if not _installed(CJK_FONTS):
+        _look_for_new_fonts()
+    return [BASE_FONT, *_installed(CJK_FONTS)[:1]]
+
+
+def _installed(names: Sequence[str]) -> list[str]:
+    """Those of `names` that matplotlib knows."""
+    known = {font.name for font in font_manager.fontManager.ttflist}
+    return [name for name in names if name in known]
+
+
+def _look_for_new_fonts() -> None:
+    """Tell matplotlib of fonts installed since it listed them: it does so once and keeps the list in its cache."""
+    known = {font.fname for font in font_manager.fontManager.ttflist}
+    for path in sorted(set(font_manager.findSystemFonts()) - known):
+        try:
+            font_manager.fontManager.addfont(path)
+        except (OSError, RuntimeError) as error:  # one of a kind that matplotlib cannot draw, such as emoji
+            logger.debug("font %s is left out: %s", path, error)
 
 
 def _font() -> FT2Font:
@@ -139,7 +182,7 @@ def _label(name: str, number: int, max_width: int) -> str:
     name = " ".join(name.split())
     if not all(ord(letter) in _drawable() for letter in name):
         _warn_of_missing_font("some class names, so figures show class numbers")
-        return f"class {number}"
+        return say("class {number}", number=number)
     if width(name) <= max_width:
         return name
     head, tail = "", ""

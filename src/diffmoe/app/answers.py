@@ -1,0 +1,184 @@
+"""What the page answers: plain values and figures, from a model file's name and a picture's path.
+
+Shapes: L labels, S sentences a label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from diffmoe.app.models import Models
+from diffmoe.app.seen import enlarged
+from diffmoe.app.uploads import read_upload, thumbnail
+from diffmoe.commands.captions import write_captions
+from diffmoe.commands.preparation import EVALUATION_BATCH
+from diffmoe.commands.use import UsedModel
+from diffmoe.config import GenerationConfig, UserError
+from diffmoe.data import LazyImages
+from diffmoe.data.folders import FilePictures, picture_files
+from diffmoe.evaluation.experts import BlockRouting
+from diffmoe.model.captioner import Captioner
+from diffmoe.model.features import ImageFeatures, TextFeatures
+from diffmoe.model.heads import ImageClassifier
+from diffmoe.retrieval import Index, gallery_fingerprint, model_fingerprint
+from diffmoe.visualization.attention import attention_maps
+from diffmoe.visualization.experts import routing_map
+from diffmoe.visualization.language import say
+
+TEMPLATES = ("{}", "a photo of a {}.", "a picture that shows a {}.")
+"""Sentences in which {} stands for a label."""
+FOUND = 8
+"""Pictures that a search shows."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The answers to what can be asked on the page. All raise `UserError`; pictures are paths, None where none is."""
+
+    models: Models
+    gallery: Path | None
+    """The only folder that may be searched, resolved."""
+
+    def predict(self, picture: str | None, model: str | None) -> dict[str, float]:
+        """The probability of each class."""
+        used, pixels = self._read(picture, model)
+        if not isinstance(used.model, ImageClassifier):
+            raise UserError(say("This model has no classes: it writes captions."))
+        with torch.inference_mode():
+            logits = used.model(used.prepare(pixels[None]), classes=_class_features(used))["logits"]
+        return dict(zip(used.info.class_names, logits[0].float().softmax(-1).tolist(), strict=True))
+
+    def zero_shot(self, picture: str | None, labels: str, model: str | None) -> dict[str, float]:
+        """The probability of each of the labels, which stand on lines of their own or between commas."""
+        names = list(dict.fromkeys(name.strip() for name in labels.replace(",", "\n").splitlines() if name.strip()))
+        if len(names) < 2:
+            raise UserError(say("Give at least 2 different labels, each on a line of its own or between commas."))
+        used, pixels = self._read(picture, model)
+        embeddings = self._encode_texts(
+            used, [template.replace("{}", name) for name in names for template in TEMPLATES]
+        )
+        labels_LD = F.normalize(embeddings.unflatten(0, (len(names), len(TEMPLATES))).mean(1), dim=-1)
+        similarity_L = labels_LD @ used.encode_pictures(pixels[None])[0]
+        probabilities = (used.backbone.scale.detach().cpu() * similarity_L).softmax(-1)
+        return dict(zip(names, probabilities.tolist(), strict=True))
+
+    def caption(self, picture: str | None, model: str | None) -> str:
+        """A sentence for the picture, by beam search."""
+        used, pixels = self._read(picture, model)
+        if not isinstance(used.model, Captioner):
+            raise UserError(say("This model tells classes apart: captions need one that was trained on captions."))
+        return write_captions(used.model, pixels[None], used.info, GenerationConfig(), seed=0)[0]
+
+    def retrieve(
+        self, text: str, picture: str | None, folder: str | None, model: str | None
+    ) -> list[tuple[Image.Image, str]]:
+        """The pictures of a folder in the gallery that fit the text best, or the picture where there is no text.
+
+        Each comes with its name in the gallery and its cosine similarity.
+        """
+        root, names = self._listed(folder or ".")
+        used = self.models.open(model)
+        query = (
+            self._encode_texts(used, [text])
+            if text.strip()
+            else used.encode_pictures(self._pixels(picture, used)[None])
+        )
+        index = _embed(used, root, names, gallery_fingerprint(names, [root / name for name in names]))
+        scores, rows = (found[0].tolist() for found in index.search(query, FOUND))
+        return [
+            (thumbnail(root / names[row]), f"{names[row]}  {score:.3f}")
+            for row, score in zip(rows, scores, strict=True)
+        ]
+
+    def folders(self) -> list[str]:
+        """The gallery's folders, as paths from it."""
+        if self.gallery is None:
+            return []
+        inside = sorted(path for path in self.gallery.rglob("*") if path.is_dir() and not path.is_symlink())
+        return [".", *(path.relative_to(self.gallery).as_posix() for path in inside)]
+
+    def routing(self, picture: str | None, block: int, model: str | None) -> Figure:
+        """Which expert takes which patch: in one image block, counted from 1, or in all of them (0)."""
+        used, pixels = self._read(picture, model)
+        blocks = [BlockRouting.of(routing) for routing in _look(used, pixels).routing]
+        if not blocks:
+            raise UserError(say("This model is dense: it has no experts, so there is no routing to show."))
+        _check_number(say("Block"), block, len(blocks))
+        return routing_map(pixels, blocks, None if block == 0 else block - 1)
+
+    def attention(self, picture: str | None, patch: int, model: str | None) -> Figure:
+        """Where a patch looks, counted from 1 in reading order, or all patches on average (0)."""
+        used, pixels = self._read(picture, model)
+        _check_number(say("Patch"), patch, used.model.config.num_patches)
+        return attention_maps(pixels, _look(used, pixels).attention, None if patch == 0 else patch - 1)
+
+    def seen(self, picture: str | None, patch: int, model: str | None) -> Image.Image:
+        """The picture as the model sees it, with the patch framed."""
+        used, pixels = self._read(picture, model)
+        return enlarged(pixels, used.model.config, patch)
+
+    def _read(self, picture: str | None, model: str | None) -> tuple[UsedModel, Tensor]:
+        used = self.models.open(model)
+        return used, self._pixels(picture, used)
+
+    def _pixels(self, picture: str | None, used: UsedModel) -> Tensor:
+        return read_upload(picture, used.model.config.img_size, used.model.config.in_channels)
+
+    def _encode_texts(self, used: UsedModel, texts: Sequence[str]) -> Tensor:
+        if isinstance(used.model, ImageClassifier) and used.model.class_tokens is None:
+            raise UserError(say("This model was trained without texts: it cannot compare a picture with words."))
+        return used.encode_texts(texts)
+
+    def _listed(self, folder: str) -> tuple[Path, tuple[str, ...]]:
+        """A folder of the gallery, and the pictures in it and its folders; links that leave the gallery are none."""
+        if self.gallery is None:
+            raise UserError(say("There is no gallery: start the page with --gallery DIR, a folder of pictures."))
+        root = (self.gallery / folder).resolve()
+        if not root.is_relative_to(self.gallery) or not root.is_dir():
+            raise UserError(
+                say("{folder} is no folder of the gallery: only its folders may be searched.", folder=folder)
+            )
+        gallery = self.gallery
+        names = (Path(name).as_posix() for name in picture_files(root))
+        names = tuple(name for name in names if (root / name).resolve().is_relative_to(gallery))
+        if not names:
+            raise UserError(say("The folder {folder} of the gallery has no pictures.", folder=folder))
+        return root, names
+
+
+def _check_number(what: str, number: int, count: int) -> None:
+    if not 0 <= number <= count:
+        raise UserError(
+            say("{what} is {number}: it must be from 0 (all) to {count}.", what=what, number=number, count=count)
+        )
+
+
+def _look(used: UsedModel, pixels: Tensor) -> ImageFeatures:
+    """A picture (C, H, W) through the image tower, with its routing and attention."""
+    with torch.inference_mode():
+        return used.backbone.image_features(used.prepare(pixels[None]), need_weights=True)
+
+
+@lru_cache(maxsize=4)
+def _class_features(used: UsedModel) -> TextFeatures | None:
+    with torch.inference_mode():
+        return used.model.class_features() if isinstance(used.model, ImageClassifier) else None
+
+
+@lru_cache(maxsize=4)
+def _embed(used: UsedModel, root: Path, names: tuple[str, ...], key: str) -> Index:
+    """The pictures of a folder, embedded; `key` changes with them."""
+    config = used.model.config
+    pictures = LazyImages.of(FilePictures(root, names), config.img_size, config.in_channels)
+    rows = torch.arange(len(names)).split(EVALUATION_BATCH)
+    embeddings = torch.cat([used.encode_pictures(pictures[part]) for part in rows])
+    return Index(embeddings, names, "pictures", model_fingerprint(used.model), key)

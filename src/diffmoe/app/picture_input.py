@@ -1,0 +1,30 @@
+"""Where the page takes a picture."""
+
+from __future__ import annotations
+
+from abc import ABCMeta
+from typing import Any
+
+import gradio as gr
+from gradio.component_meta import ComponentMeta
+
+
+class WritesNoStub(ComponentMeta):
+    """gradio's metaclass, less that it writes a `.pyi` file beside every file that derives from a component."""
+
+    def __new__(cls, name: str, bases: tuple[type, ...], attributes: dict[str, Any]) -> Any:
+        return ABCMeta.__new__(cls, name, bases, attributes)
+
+
+class PictureInput(gr.Image, metaclass=WritesNoStub):
+    """gradio's picture, handed on as the path of the file: ours checks it before anything decodes it."""
+
+    is_template = True  # it looks as its parent does
+
+    def preprocess(self, payload: Any) -> str | None:
+        return None if payload is None else payload.path
+
+    async def async_move_resource_to_block_cache(self, url_or_file_path: Any) -> str | None:
+        if str(url_or_file_path).startswith(("http://", "https://")):
+            raise gr.Error("A picture must be uploaded: addresses are not fetched.", print_exception=False)
+        return await super().async_move_resource_to_block_cache(url_or_file_path)

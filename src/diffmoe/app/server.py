@@ -1,0 +1,46 @@
+"""The page, served: how it looks, and what may be handed to it."""
+
+from __future__ import annotations
+
+import gradio as gr
+from gradio import themes
+
+from diffmoe.app.uploads import MAX_BYTES
+from diffmoe.config import UserError
+
+FONT = ("system-ui", "-apple-system", "Segoe UI", "Noto Sans CJK SC", "WenQuanYi Micro Hei", "sans-serif")
+CSS = """
+.gradio-container {max-width: 1240px !important}
+#picture .image-container img {width: 100%; height: 100%; object-fit: contain}
+#classes {max-height: 260px; overflow-y: auto}
+#seen img {image-rendering: pixelated; cursor: crosshair}
+#about ul {font-size: 0.9em; margin: 0; padding-left: 1.4em}
+#language label {white-space: nowrap}
+#routing img {max-height: 560px; object-fit: contain}
+"""
+
+
+def launch(page: gr.Blocks, host: str, port: int) -> None:
+    """Begin to serve the page, in threads.
+
+    Raises `UserError` where the address was taken in the meantime.
+    """
+    theme = themes.Default(primary_hue="blue", font=FONT, font_mono=("ui-monospace", "monospace"))
+    try:
+        page.launch(
+            server_name=host,
+            server_port=port,
+            prevent_thread_lock=True,
+            quiet=True,
+            show_error=True,
+            max_file_size=MAX_BYTES,
+            share=False,
+            ssr_mode=False,
+            run_history=False,
+            enable_monitoring=False,
+            footer_links=["api"],
+            theme=theme,
+            css=CSS,
+        )
+    except OSError as error:
+        raise UserError(f"port {port} of {host} cannot be used: give another --port") from error

@@ -1,0 +1,328 @@
+"""What the experts do: the routing of many pictures, load and imbalance, specialisation, ablation.
+
+Shapes: N pictures or texts, T tokens of each, K experts chosen for a token, E experts, C classes, L blocks.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from diffmoe.evaluation.classification import Predictions, finite_or_told, predict
+from diffmoe.model.captioner import Captioner
+from diffmoe.model.encoders import UnifiedModalEncoder
+from diffmoe.model.layers import evaluating
+from diffmoe.model.moe import AttentiveRouter, GeneralExperts, Routing
+
+
+@dataclass(frozen=True)
+class BlockRouting:
+    """Where one block sent its tokens, on the CPU; what `Routing` holds, without what only a loss needs."""
+
+    place: str
+    """image, text or fusion."""
+    layer: int
+    """The block's number there, from 0."""
+    num_experts: int
+    expert_ids: Tensor
+    """(N, T, K) int16, best first; -1 at padding."""
+    gates: Tensor
+    """(N, T, K) float32, the weights of the chosen experts; 0 at padding."""
+    confidence: Tensor
+    """(N, T) float32, the largest router probability, 1/E to 1; nan at padding."""
+    entropy: Tensor
+    """(N, T) float32, of the router's probabilities, in nats, 0 to ln E; nan at padding."""
+
+    @classmethod
+    def of(cls, routing: Routing) -> BlockRouting:
+        """Of a `Routing` over (N, T) tokens, on any device."""
+        num_experts = routing.probs.shape[-1]
+        confidence, entropy = routing.probs.amax(-1), torch.special.entr(routing.probs).sum(-1)
+        expert_ids = routing.expert_ids
+        if routing.mask is not None:
+            confidence, entropy = (x.masked_fill(~routing.mask, math.nan) for x in (confidence, entropy))
+            expert_ids = expert_ids.masked_fill(~routing.mask[..., None], -1)
+        tensors = (expert_ids.short(), routing.gates.float(), confidence.float(), entropy.float())
+        return cls(routing.place, routing.layer, num_experts, *(x.detach().cpu() for x in tensors))
+
+    @property
+    def top_k(self) -> int:
+        """K."""
+        return self.expert_ids.shape[-1]
+
+    @property
+    def real(self) -> Tensor:
+        """(N, T) bool, False at padding."""
+        return self.expert_ids[..., 0] >= 0
+
+    def __getitem__(self, rows: slice | Tensor) -> BlockRouting:
+        """The routing of some of the N: a slice, int64 (M,) or bool (N,)."""
+        tensors = {name: getattr(self, name)[rows] for name in _TENSORS}
+        return replace(self, **tensors)
+
+
+_TENSORS = ("expert_ids", "gates", "confidence", "entropy")
+
+
+@dataclass(frozen=True)
+class ExpertTrace:
+    """One pass of a model over pictures: where every token went, and what was predicted."""
+
+    blocks: tuple[BlockRouting, ...]
+    """One a routed block: image tower, text tower, fusion. Empty where the model is dense. A captioner's text and
+    fusion blocks have the N captions; a classifier's text blocks the descriptions of its classes, its fusion blocks
+    the N pictures."""
+    labels: Tensor | None
+    """(N,) int64; None for a captioner."""
+    predictions: Predictions | None
+    """None for a captioner."""
+
+    def at(self, place: str) -> tuple[BlockRouting, ...]:
+        """The blocks of a place: image, text or fusion."""
+        return tuple(block for block in self.blocks if block.place == place)
+
+
+def trace_experts(model: nn.Module, batches: Iterable[Any], **constants: Any) -> ExpertTrace:
+    """Run `model` once over `batches`, as `predict` does, and keep its routing.
+
+    `batches` and `constants` are those of `predict` for a classifier; a captioner's batches are images, tokens, mask.
+    Raises `ValueError` where there are no batches, `UserError` where an output is not finite.
+    """
+    recorder = _Recorder(model)
+    if not isinstance(model, Captioner):
+        predictions = predict(recorder, batches, **constants)
+        return ExpertTrace(recorder.blocks(), predictions.labels, predictions)
+    with evaluating(model), finite_or_told(), torch.inference_mode():
+        for images, tokens, mask in batches:
+            recorder(images, tokens, mask, need_logits=False)
+    if not recorder.num_batches:
+        raise ValueError("there are no pictures to trace")
+    return ExpertTrace(recorder.blocks(), None, None)
+
+
+class _Recorder(nn.Module):
+    """Calls the model and keeps the routing that it returns."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.num_batches = 0
+        self.kept: dict[tuple[str, int], list[BlockRouting]] = {}
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        out = self.model(*args, **kwargs)
+        self.num_batches += 1
+        for routing in out["routing"]:
+            of_block = self.kept.setdefault((routing.place, routing.layer), [])
+            # A classifier's texts are the descriptions of its classes, the same with every batch: they count once.
+            if routing.place != "text" or isinstance(self.model, Captioner) or not of_block:
+                of_block.append(BlockRouting.of(routing))
+        return out
+
+    def blocks(self) -> tuple[BlockRouting, ...]:
+        return tuple(_join(parts) for parts in self.kept.values())
+
+
+def _join(parts: Sequence[BlockRouting]) -> BlockRouting:
+    """The batches of one block as one, texts padded to the longest; ordinary tensors, not those of inference mode."""
+    longest = max(part.real.shape[1] for part in parts)
+    padding = {"expert_ids": -1, "gates": 0.0, "confidence": math.nan, "entropy": math.nan}
+
+    def joined(name: str) -> Tensor:
+        tensors: list[Tensor] = [getattr(part, name) for part in parts]
+        whole = tensors[0].new_full((sum(map(len, tensors)), longest, *tensors[0].shape[2:]), padding[name])
+        for rows, tensor in zip(whole.split([len(tensor) for tensor in tensors]), tensors, strict=True):
+            rows[:, : tensor.shape[1]] = tensor
+        return whole
+
+    return replace(parts[0], **{name: joined(name) for name in _TENSORS})
+
+
+def tokens_per_expert(block: BlockRouting) -> Tensor:
+    """(E,) int64, routed slots that each expert received; padding is not counted."""
+    return torch.bincount(block.expert_ids[block.real].flatten(), minlength=block.num_experts)
+
+
+def imbalance(counts: Tensor) -> dict[str, float]:
+    """How unevenly the load `counts` (E,) is spread over E experts.
+
+    - `cv`: standard deviation over mean; 0 when even, sqrt(E - 1) when one expert has all (Shazeer et al. 2017, eq. 6,
+      has its square);
+    - `max_over_mean`: the fullest expert's load over the mean, 1 to E: what the slowest of E devices waits for;
+    - `dead`: experts that received nothing;
+    - `normalized_entropy`: of the shares, over ln E: 1 when even, 0 when one expert has all; 1 where E is 1.
+
+    Raises `ValueError` where all counts are 0.
+    """
+    load = counts.double()
+    if not load.sum() > 0:
+        raise ValueError("no token was routed: there is no load to compare")
+    share, mean, num_experts = load / load.sum(), load.mean(), len(load)
+    return {
+        "cv": (load.std(correction=0) / mean).item(),
+        "max_over_mean": (load.max() / mean).item(),
+        "dead": float((load == 0).sum()),
+        "normalized_entropy": _entropy(share).item() / math.log(num_experts) if num_experts > 1 else 1.0,
+    }
+
+
+def _entropy(shares: Tensor) -> Tensor:
+    """In nats."""
+    return torch.special.entr(shares).sum()
+
+
+def class_expert_counts(block: BlockRouting, labels: Tensor, num_classes: int) -> Tensor:
+    """(C, E) int64, routed slots of the tokens of each class's pictures that each expert received.
+
+    `labels` (N,) int64. Raises `ValueError` where they are not one a picture.
+    """
+    if len(labels) != len(block.expert_ids):
+        raise ValueError(f"{len(labels)} labels for {len(block.expert_ids)} pictures")
+    cell = labels[:, None, None] * block.num_experts + block.expert_ids
+    counts = torch.bincount(cell[block.real].flatten(), minlength=num_classes * block.num_experts)
+    return counts.view(num_classes, block.num_experts)
+
+
+class MutualInformation(NamedTuple):
+    """What the expert of a token tells of the class of its picture, and the other way round."""
+
+    bits: float
+    """I(class; expert), 0 when independent."""
+    normalized: float
+    """Over the smaller of the two entropies: 0 when independent, 1 when one tells the other; 0 where nothing varies."""
+
+
+def mutual_information(counts: Tensor) -> MutualInformation:
+    """Of the joint counts (C, E): the plug-in estimate, H(class) + H(expert) - H(class, expert).
+
+    Of M slots it is too high by about (C - 1)(E - 1) / (2 M ln 2) bits (Miller 1955): nothing, unless M is small.
+    Raises `ValueError` where all counts are 0.
+    """
+    total = counts.sum()
+    if not total > 0:
+        raise ValueError("no token was routed: there is no information to measure")
+    joint = counts.double() / total
+    of_class, of_expert = _entropy(joint.sum(1)), _entropy(joint.sum(0))
+    nats = max((of_class + of_expert - _entropy(joint)).item(), 0.0)
+    smaller = min(of_class, of_expert).item()
+    return MutualInformation(nats / math.log(2), nats / smaller if smaller > 0 else 0.0)
+
+
+def coactivation(block: BlockRouting) -> Tensor:
+    """(E, E) int64, tokens that were sent to both experts; on the diagonal, to that expert. With K = 1 only that."""
+    chosen = torch.zeros(int(block.real.sum()), block.num_experts, dtype=torch.float64)  # float32 counts to 2^24 only
+    chosen.scatter_(1, block.expert_ids[block.real].long(), 1)
+    return (chosen.T @ chosen).long()
+
+
+def favourites(block: BlockRouting, expert: int, count: int) -> Tensor:
+    """The tokens that an expert has the highest gates for, (M, 2) int64: row of the N and token; M <= count.
+
+    At most one of each picture, so that the best ones differ. Equal gates: the first.
+    """
+    gate_NT = (block.gates * (block.expert_ids == expert)).sum(-1)
+    best_N, token_N = gate_NT.max(1)
+    rows = best_N.argsort(descending=True, stable=True)[:count]
+    rows = rows[best_N[rows] > 0]
+    return torch.stack([rows, token_N[rows]], dim=1)
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What a model loses with each of its experts."""
+
+    places: tuple[tuple[str, int], ...]
+    """Of each of the L blocks, where it sits and its number there."""
+    accuracy: Tensor
+    """(L, E) float64, without each expert of each block; 0 to 1."""
+    whole: float
+    """Of the whole model, on the same pictures."""
+    num_pictures: int
+
+
+def ablation(model: nn.Module, make_batches: Callable[[], Iterable[Any]], **constants: Any) -> Ablation:
+    """Accuracy without each expert of each block: its tokens go where the router sends them among the rest.
+
+    One pass for each expert, so `make_batches` should give the same few hundred pictures again and again. Batches
+    and `constants` are those of `trace_experts`. The accuracy is that of the class, or of a captioner's next token.
+    A classifier's text tower is left out: it does not decide the class (`constants` may hold what came out of it).
+    The model is left exactly as it was.
+
+    Raises `ValueError` where there is no routing, or none to spare: as many experts as a token is sent to.
+    """
+    blocks = [
+        block
+        for block in model.modules()
+        if isinstance(block, UnifiedModalEncoder) and isinstance(block.general_experts, GeneralExperts)
+    ]
+    blocks = [block for block in blocks if block.place != "text" or isinstance(model, Captioner)]
+    if not blocks:
+        raise ValueError("the model is dense: there are no experts to switch off")
+    whole, num_pictures = _accuracy(model, make_batches(), constants)
+    accuracy: list[list[float]] = []
+    for block in blocks:
+        pool = block.general_experts
+        assert isinstance(pool, GeneralExperts)
+        accuracy.append([])
+        for expert in range(len(pool.gain)):
+            with _without(pool, expert):
+                accuracy[-1].append(_accuracy(model, make_batches(), constants)[0])
+    places = tuple((str(block.place), block.layer) for block in blocks)
+    return Ablation(places, torch.tensor(accuracy, dtype=torch.float64), whole, num_pictures)
+
+
+def _accuracy(model: nn.Module, batches: Iterable[Any], constants: dict[str, Any]) -> tuple[float, int]:
+    """Of the class, or of the next token; and how many pictures."""
+    if not isinstance(model, Captioner):
+        predictions = predict(model, batches, **constants)
+        right = predictions.predicted == predictions.labels
+        return right.double().mean().item(), len(right)
+    total, num_targets, num_pictures = 0.0, 0, 0
+    with evaluating(model), finite_or_told(), torch.inference_mode():
+        for images, tokens, mask in batches:
+            _, _, features = model.read(images, tokens, mask)
+            count = int(mask[:, 1:].sum())
+            total += model.caption_loss(features, tokens, mask)[1].item() * count
+            num_targets += count
+            num_pictures += len(images)
+    return total / num_targets, num_pictures
+
+
+@contextmanager
+def _without(pool: GeneralExperts, expert: int) -> Iterator[None]:
+    """Within it, the pool's router does not know this expert."""
+    router = pool.router
+    pool.register_module("router", _RouterOfTheRest(router, expert))
+    try:
+        yield
+    finally:
+        pool.register_module("router", router)
+
+
+class _RouterOfTheRest(nn.Module):
+    """A router over all experts but one, by the numbers that they have among all."""
+
+    numbers: Tensor
+
+    def __init__(self, router: AttentiveRouter, expert: int) -> None:
+        super().__init__()
+        num_experts, self.top_k = len(router.keys), router.top_k
+        if self.top_k >= num_experts:
+            raise ValueError(f"a token is sent to {self.top_k} of {num_experts} experts: there is none to spare")
+        rest = [other for other in range(num_experts) if other != expert]
+        self.router = copy.deepcopy(router)
+        self.router.keys = nn.Parameter(self.router.keys.detach()[rest])
+        self.router.balance_bias = self.router.balance_bias[rest]
+        # The last number is no expert's: where padding goes.
+        self.register_buffer("numbers", torch.tensor([*rest, num_experts], device=router.keys.device))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Routing:
+        routing = self.router(x, mask)
+        return replace(routing, expert_ids=self.numbers[routing.expert_ids])

@@ -1,0 +1,44 @@
+"""The experts' load in a training run's history: flat numbers, as its rows are, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from diffmoe.evaluation.experts import BlockRouting, tokens_per_expert
+
+
+def routing_metrics(blocks: Iterable[BlockRouting]) -> dict[str, float]:
+    """A block's `expert_load/<place>_<layer>/<expert>` and `router_entropy/<place>_<layer>`, for a row of the history.
+
+    The first is the expert's share of the block's routed slots; the second the mean over tokens, in nats.
+    """
+    metrics: dict[str, float] = {}
+    for block in blocks:
+        name = f"{block.place}_{block.layer}"
+        counts = tokens_per_expert(block)
+        shares = (counts / counts.sum()).tolist()
+        metrics |= {f"expert_load/{name}/{expert}": share for expert, share in enumerate(shares)}
+        metrics[f"router_entropy/{name}"] = block.entropy.nanmean().item()
+    return metrics
+
+
+def load_history(history: Iterable[Mapping[str, float]]) -> dict[tuple[str, int], tuple[list[float], Tensor]]:
+    """Back from a history with `routing_metrics`: of each block (place, layer), its epochs and their loads (epochs, E).
+
+    Empty where the history has none.
+    """
+    found: dict[tuple[str, int], tuple[list[float], list[list[float]]]] = {}
+    for row in history:
+        loads: dict[tuple[str, int], list[float]] = {}
+        for key, value in row.items():
+            if key.startswith("expert_load/"):
+                place, _, layer = key.split("/")[1].rpartition("_")
+                loads.setdefault((place, int(layer)), []).append(value)
+        for block, load in loads.items():
+            epochs, of_epochs = found.setdefault(block, ([], []))
+            epochs.append(row["epoch"])
+            of_epochs.append(load)
+    return {block: (epochs, torch.tensor(loads)) for block, (epochs, loads) in found.items()}

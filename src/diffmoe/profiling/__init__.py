@@ -1,0 +1,5 @@
+"""What a model costs: parameters, FLOPs, time and memory, by part; throughput beside the dense model's."""
+
+from diffmoe.profiling.parameters import count_parameters
+
+__all__ = ["count_parameters"]

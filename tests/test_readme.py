@@ -69,7 +69,19 @@ def test_every_command_runs_in_its_order(readme: str, pictures: Path, cli: Calla
         argv = words[1:] if words[0] == "diffmoe" else words[2:]
         if "train_test" in argv:
             argv = [*argv, *SMALL]
-        if {"cifar10", "flickr8k"} & set(argv) and "--data_dir" not in argv:
+        if argv[0] == "profile":
+            argv = [
+                *argv,
+                *SMALL[: SMALL.index("--epochs")],
+                "--steps",
+                "1",
+                "--batch_sizes",
+                "1",
+                "2",
+                "--batch_size",
+                "8",
+            ]
+        if argv[0] == "visualize" or {"cifar10", "flickr8k"} & set(argv):
             argv = [*argv, "--data_dir", "sets"]  # the reader's come from the hub
         result = cli(*argv)
         assert result.code == 0, (argv, result.err)

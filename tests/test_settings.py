@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
-from diffmoe.config import UserError
-from diffmoe.recipes import recipe
-from diffmoe.settings import FIELDS, GROUPS, Settings, parse_settings
+from diffmoe.config import GenerationConfig, UserError
+from diffmoe.recipes import generation_config, recipe
+from diffmoe.settings import FIELDS, GROUPS, Settings, parse_given, parse_settings
 
 GROUP_OF = {name: group for group, config in GROUPS.items() for name in get_type_hints(config)}
 
@@ -242,3 +243,18 @@ def test_help_names_every_field_with_its_docstring(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert all(f"--{name} " in text for name in FIELDS)
     assert "Routed experts for each token, K." in text
+
+
+def test_captions_are_written_as_the_recipe_says_but_for_what_is_given() -> None:
+    recipe = generation_config("shapes")
+    assert recipe.no_repeat_ngram == 0  # "in the top left" may come twice there
+    assert generation_config("shapes", beams=7) == dataclasses.replace(recipe, beams=7)
+    assert generation_config("shapes", no_repeat_ngram=2).no_repeat_ngram == 2
+    assert generation_config("somebody/photos") == GenerationConfig()
+
+
+def test_given_fields_are_those_of_the_flags_alone() -> None:
+    assert parse_given("generation", ["--beams", "2", "--decoding=beam"], "p") == {"beams": 2, "decoding": "beam"}
+    assert parse_given("generation", [], "p") == {}
+    with pytest.raises(UserError, match="beams"):
+        parse_given("generation", ["--beams", "0"], "p")

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from diffmoe.config import UserError, nearest
-from diffmoe.settings import MODES, parse_group, parse_settings
+from diffmoe.settings import MODES, parse_given, parse_group, parse_settings
 
 COMMANDS = {
     "train": "train a model",
@@ -143,10 +143,10 @@ def caption(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of --decoding sample (default: 0)")
     parser.add_argument("--output_dir", default="visualizations/captions", help="for captions.json and captions.png")
     args, rest = parser.parse_known_args(argv)
-    config = parse_group("generation", rest, prog="diffmoe caption")
+    given = parse_given("generation", rest, prog="diffmoe caption")
     from diffmoe.commands.caption import caption as run
 
-    written = run(args.images, args.checkpoint, config, seed=args.seed, output_dir=args.output_dir, device=args.device)
+    written = run(args.images, args.checkpoint, given, seed=args.seed, output_dir=args.output_dir, device=args.device)
     results = [{"image": path, "caption": text} for path, text in zip(args.images, written, strict=True)]
     return _print(results, args.json, lambda rows: [print(f"{row['image']}: {row['caption']}") for row in rows])
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from diffmoe.config import EMBEDDED_DATASETS, HUB_DATASETS, UserError, dataset_name, nearest
+from diffmoe.config import EMBEDDED_DATASETS, HUB_DATASETS, GenerationConfig, UserError, dataset_name, nearest
 
 
 def config_dir() -> Path:
@@ -54,3 +55,10 @@ def recipe(dataset: str, preset: str | None = None) -> dict[str, Any]:
         raise UserError(f"preset is {name!r}: it must be one of {', '.join(known)}{nearest(name, known)}")
     size = "base" if name == "dense" else name.removesuffix("-dense")
     return {**known[name], **fields, **by_preset.get(size, {})}
+
+
+def generation_config(dataset: str, **given: Any) -> GenerationConfig:
+    """How captions of a dataset's model are written: as its recipe says, but for the fields that are `given`."""
+    known = {field.name for field in dataclasses.fields(GenerationConfig)}
+    of_recipe = {name: value for name, value in recipe(dataset).items() if name in known}
+    return GenerationConfig(**{**of_recipe, **given})

@@ -98,6 +98,13 @@ def parse_group(group: str, argv: Sequence[str], prog: str) -> Any:
     return GROUPS[group](**{name: parsed[name] for name in names})
 
 
+def parse_given(group: str, argv: Sequence[str], prog: str) -> dict[str, Any]:
+    """The fields of one group that its flags give, and no others; checked as in `parse_group`."""
+    config = parse_group(group, argv, prog)
+    given = [word[2:].partition("=")[0] for word in argv if word.startswith("--")]
+    return {name: getattr(config, name) for name in given}
+
+
 def _parse(parser: ArgumentParser, argv: list[str]) -> Namespace:
     try:
         return parser.parse_args(argv)

@@ -28,7 +28,7 @@ from diffmoe.app.seen import enlarged, patch_at
 from diffmoe.app.texts import texts
 from diffmoe.app.uploads import read_upload
 from diffmoe.commands import caption, predict, retrieve
-from diffmoe.config import GenerationConfig, ModelConfig, UserError
+from diffmoe.config import ModelConfig, UserError
 from diffmoe.visualization.attention import attention_maps
 from diffmoe.visualization.language import speaking
 
@@ -58,7 +58,7 @@ class TestAnswers:
 
     def test_a_caption_is_that_of_the_command(self, folder, answers, picture, tmp_path):
         where = {"output_dir": str(tmp_path), "device": "cpu"}
-        (wanted,) = caption.caption([picture], checkpoint(folder, "captioner.pth"), GenerationConfig(), seed=0, **where)
+        (wanted,) = caption.caption([picture], checkpoint(folder, "captioner.pth"), {}, seed=0, **where)
         assert answers.caption(picture, "captioner.pth") == wanted
 
     def test_pictures_found_are_those_of_the_command(self, folder, answers, tmp_path):

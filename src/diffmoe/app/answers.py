@@ -22,13 +22,14 @@ from diffmoe.app.uploads import read_upload, thumbnail
 from diffmoe.commands.captions import write_captions
 from diffmoe.commands.preparation import EVALUATION_BATCH
 from diffmoe.commands.use import UsedModel
-from diffmoe.config import GenerationConfig, UserError
+from diffmoe.config import UserError
 from diffmoe.data import LazyImages
 from diffmoe.data.folders import FilePictures, picture_files
 from diffmoe.evaluation.experts import BlockRouting
 from diffmoe.model.captioner import Captioner
 from diffmoe.model.features import ImageFeatures, TextFeatures
 from diffmoe.model.heads import ImageClassifier
+from diffmoe.recipes import generation_config
 from diffmoe.retrieval import Index, gallery_fingerprint, model_fingerprint
 from diffmoe.visualization.attention import attention_maps
 from diffmoe.visualization.experts import routing_map
@@ -76,7 +77,7 @@ class Answers:
         used, pixels = self._read(picture, model)
         if not isinstance(used.model, Captioner):
             raise UserError(say("This model tells classes apart: captions need one that was trained on captions."))
-        return write_captions(used.model, pixels[None], used.info, GenerationConfig(), seed=0)[0]
+        return write_captions(used.model, pixels[None], used.info, generation_config(used.info.dataset), seed=0)[0]
 
     def retrieve(
         self, text: str, picture: str | None, folder: str | None, model: str | None

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from diffmoe.commands.captions import SHEET, save_captions, write_captions
 from diffmoe.commands.use import open_model
-from diffmoe.config import GenerationConfig, UserError
+from diffmoe.config import UserError
 from diffmoe.files import check_writable
 from diffmoe.model.captioner import Captioner
+from diffmoe.recipes import generation_config
 
 
 def caption(
-    images: Sequence[str], checkpoint: str, config: GenerationConfig, *, seed: int, output_dir: str, device: str
+    images: Sequence[str], checkpoint: str, given: Mapping[str, Any], *, seed: int, output_dir: str, device: str
 ) -> list[str]:
-    """A caption for each picture file, also saved as `captions.json` and drawn as `captions.png` in `output_dir`."""
+    """A caption for each picture file, also saved as `captions.json` and drawn as `captions.png` in `output_dir`.
+
+    `given`: fields of `GenerationConfig`; the others are as the recipe of the model's dataset has them.
+    """
     from diffmoe.visualization import captions, figures
 
     folder = Path(output_dir)
@@ -24,6 +29,7 @@ def caption(
     if not isinstance(used.model, Captioner):
         raise UserError(f"{checkpoint} tells classes apart: captions need a model trained on captions, as on flickr8k")
     pictures = used.read(images)
+    config = generation_config(used.info.dataset, **given)
     written = write_captions(used.model, pictures, used.info, config, seed)
     save_captions(folder / "captions.json", list(images), written)
     figures.save(captions.caption_sheet(pictures[:SHEET], written[:SHEET]), folder / "captions.png")

@@ -9,7 +9,6 @@ from matplotlib.figure import Figure
 
 from diffmoe.commands.captions import SHEET, embed, write_captions
 from diffmoe.commands.subject import NUM_WORKERS, Captioned, Labelled, Subject
-from diffmoe.config import GenerationConfig
 from diffmoe.data import detokenize
 from diffmoe.evaluation import calibration_error, classification_metrics, pick_examples
 from diffmoe.evaluation import embedding as embeddings
@@ -98,7 +97,7 @@ def per_class(subject: Labelled) -> Section:
 def caption_sheet(subject: Captioned) -> Section:
     """What the model writes beside what people wrote."""
     images = subject.images[torch.arange(min(SHEET, len(subject.split)))]
-    written = write_captions(subject.model, images, subject.used.info, GenerationConfig(), seed=0)
+    written = write_captions(subject.model, images, subject.used.info, subject.generation, seed=0)
     references = [texts[0] for texts in subject.split.captions[:SHEET]]
     figure = captions.caption_sheet(images, written, references)
     return Section(say("Captions"), figure, how_to_read(captions.caption_sheet))

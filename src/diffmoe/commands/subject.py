@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from diffmoe.commands.preparation import EVALUATION_BATCH
 from diffmoe.commands.use import UsedModel
-from diffmoe.config import DataConfig, VisualizationConfig
+from diffmoe.config import DataConfig, GenerationConfig, VisualizationConfig
 from diffmoe.data import Batches, CaptionBatches, CaptionSplit, LazyImages, Split
 from diffmoe.evaluation import Predictions, evaluating
 from diffmoe.evaluation.experts import BlockRouting, ExpertTrace, trace_experts
@@ -21,6 +21,7 @@ from diffmoe.model.captioner import Captioner
 from diffmoe.model.encoders import AttentionMap
 from diffmoe.model.features import TextFeatures
 from diffmoe.model.heads import ImageClassifier
+from diffmoe.recipes import generation_config
 from diffmoe.training import Metrics
 
 EXAMPLES = 4
@@ -157,10 +158,15 @@ class Captioned(Subject):
         max_len = self.model.config.max_text_len
         return CaptionBatches(split, EVALUATION_BATCH, max_text_len=max_len, **self._options())
 
+    @property
+    def generation(self) -> GenerationConfig:
+        """As the dataset's recipe says."""
+        return generation_config(self.used.info.dataset)
+
     @cached_property
     def written(self) -> Tensor:
         """The captions that the model writes for the examples, (B, T) int64."""
-        return self.model.generate(self.used.prepare(self.images[self.examples]))
+        return self.model.generate(self.used.prepare(self.images[self.examples]), self.generation)
 
     @cached_property
     def attention(self) -> tuple[AttentionMap, ...]:

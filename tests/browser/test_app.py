@@ -63,8 +63,8 @@ class TestAnswers:
 
     def test_pictures_found_are_those_of_the_command(self, folder, answers, tmp_path):
         root = folder / "gallery" / "1"
-        where = {"output_dir": str(tmp_path), "device": "cpu"}
-        found = retrieve.retrieve(checkpoint(folder, "classifier.pth"), str(root), text="a cat", **where)["results"]
+        model = checkpoint(folder, "classifier.pth")
+        found = retrieve.retrieve(model, str(root), text="a cat", output_dir=str(tmp_path), device="cpu")["results"]
         results = answers.retrieve("a cat", None, "1", "classifier.pth")
         wanted = [f"{Path(row['item']).relative_to(root)}  {row['similarity']:.3f}" for row in found]
         assert [text for _, text in results] == wanted
@@ -256,7 +256,7 @@ def test_a_click_in_a_frame_chooses_the_framed_patch(img_size, patch):
     config = ModelConfig(img_size=img_size, patch_size=patch)
     pixels = torch.zeros(1, img_size, img_size, dtype=torch.uint8)
     for number in range(1, config.num_patches + 1):
-        framed = np.asarray(enlarged(pixels, config, number)).any(-1)
+        framed = np.atleast_2d(np.asarray(enlarged(pixels, config, number)).any(-1))
         rows, columns = framed.nonzero()
         assert {patch_at(config, x, y) for y, x in zip(rows.tolist(), columns.tolist(), strict=True)} == {number}
         assert (np.ptp(rows) + 1) * (img_size // patch) == len(framed)

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("playwright", reason="playwright is not there: pip install playwright")
 
 from PIL import Image
-from playwright.sync_api import BrowserContext, Locator, Page, expect
+from playwright.sync_api import BrowserContext, Locator, Page, Position, expect
 
 from diffmoe.app.answers import Answers
 
@@ -89,7 +89,7 @@ def test_a_picture_from_upload_to_maps(page: Page, picture: str, answers: Answer
     changed(page.locator("#attention img"), mean)
 
 
-def middle_of(picture: Locator, row: int, column: int, grid: int = 4) -> dict[str, float]:
+def middle_of(picture: Locator, row: int, column: int, grid: int = 4) -> Position:
     """Where on a picture, drawn as a square in the middle of its box, a patch is."""
     box = picture.bounding_box()
     assert box

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
 OUTPUT = Path(__file__).parent / "images" / "app.png"
@@ -30,18 +29,17 @@ def main(checkpoint: str, picture: str) -> None:
             server.stdout.readline()
             flags = ["--no-sandbox", "--disable-gpu"]
             chromium = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=flags)
-            page = chromium.new_page(viewport={"width": 1280, "height": 900})
+            page = chromium.new_page(viewport={"width": 1280, "height": 800})
             page.goto(f"http://127.0.0.1:{port}")
             expect(page.locator("#about li").first).to_be_visible(timeout=SECONDS)
             page.locator("#picture input[type=file]").set_input_files(picture)
             expect(page.locator("#routing img")).to_be_visible(timeout=SECONDS)
+            expect(page.locator(".generating")).to_have_count(0, timeout=SECONDS)
             page.locator("#title").click()  # the pointer away from the picture
             page.wait_for_timeout(1500)
             page.screenshot(path=OUTPUT)
         finally:
             server.terminate()
-    with Image.open(OUTPUT) as image:
-        image.convert("RGB").save(OUTPUT, optimize=True)
 
 
 if __name__ == "__main__":

@@ -200,6 +200,20 @@ class TestModels:
             assert part in about
         assert "Test accuracy" not in about  # it was not tested
 
+    def test_of_a_captioner_the_accuracy_is_of_the_next_token(self, folder, tmp_path):
+        model, metrics = tmp_path / "animals_model.pth", tmp_path / "animals" / "metrics.json"
+        model.symlink_to(checkpoint(folder, "captioner.pth"))
+        metrics.parent.mkdir()
+        scores = {"test_accuracy": 0.445, "val_accuracy": 0.25, "cider": 0.5}
+        metrics.write_text(json.dumps({"dataset": "animals", **scores}))
+        about = Models([str(model)], Path("unused"), "cpu").about(model.name)
+        lines = [line.removeprefix("- ") for line in about.splitlines()[-3:]]
+        assert lines == [
+            "Next-token accuracy, test: **44.5%**",
+            "Next-token accuracy, validation: 25.0%",
+            "CIDEr: **0.500**",
+        ]
+
     def test_another_datasets_metrics_are_not_its(self, folder, own_run):
         own_run.model.write_bytes(Path(checkpoint(folder, "dense.pth")).read_bytes())
         about = Models([str(own_run.model)], Path("unused"), "cpu").about("digits_model.pth")

@@ -122,11 +122,13 @@ def test_the_language_changes_on_the_page(page: Page, tmp_path: Path) -> None:
         ("#query", "留空则"),
     ):
         expect(page.locator(name)).to_contain_text(words, timeout=SECONDS)
+    page.get_by_text("English").click()
+    expect(page.get_by_role("tab", name="Attention")).to_be_visible(timeout=SECONDS)
+    page.get_by_text("中文").click()
+    expect(page.get_by_role("tab", name="注意力")).to_be_visible(timeout=SECONDS)
     (tmp_path / "text.png").write_text("no picture")
     upload(page, tmp_path / "text.png")
     expect(page.get_by_text("text.png 不是图片")).to_be_visible(timeout=SECONDS)
-    page.get_by_text("English").click()
-    expect(page.get_by_role("tab", name="Attention")).to_be_visible(timeout=SECONDS)
 
 
 def test_models_of_other_kinds_and_searching(page: Page, picture: str, answers: Answers) -> None:

@@ -92,19 +92,26 @@ class Models:
                 grid=config.img_size // config.patch_size,
             ),
             say("Blocks of the image tower: {blocks}, {experts}", blocks=config.img_encoder_layers, experts=experts),
-            *_scores(path, info.dataset),
+            *_scores(path, used),
         ]
         return "\n".join(f"- {line}" for line in lines)
 
 
-def _scores(path: Path, dataset: str) -> list[str]:
+def _scores(path: Path, used: UsedModel) -> list[str]:
     """What `metrics.json` beside a model file says of it; nothing where there is none."""
     metrics = RunFiles(path.name.removesuffix("_model.pth"), str(path.parent)).read_metrics()
-    if metrics.get("dataset") != dataset:
+    if metrics.get("dataset") != used.info.dataset:
         return []
+    test, validation = metrics.get("test_accuracy", 0), metrics.get("val_accuracy", 0)
+    if isinstance(used.model, ImageClassifier):
+        tested = say("Test accuracy: **{value:.1%}**", value=test)
+        validated = say("Validation accuracy: {value:.1%}", value=validation)
+    else:
+        tested = say("Next-token accuracy, test: **{value:.1%}**", value=test)
+        validated = say("Next-token accuracy, validation: {value:.1%}", value=validation)
     written = {
-        "test_accuracy": say("Test accuracy: **{value:.1%}**", value=metrics.get("test_accuracy", 0)),
-        "val_accuracy": say("Validation accuracy: {value:.1%}", value=metrics.get("val_accuracy", 0)),
+        "test_accuracy": tested,
+        "val_accuracy": validated,
         "zero_shot_accuracy": say("Zero-shot accuracy: {value:.1%}", value=metrics.get("zero_shot_accuracy", 0)),
         "cider": say("CIDEr: **{value:.3f}**", value=metrics.get("cider", 0)),
     }

@@ -34,7 +34,11 @@ def texts() -> dict[str, dict[str, Any]]:
         "dense": {"value": say("This model is dense: it has no experts, so there is no routing to show.")},
         "block": {"label": say("Block"), "info": say("0 shows all blocks of the image tower.")},
         "routing": {"label": say("Which expert takes which patch")},
-        "routing_reading": {"value": say("A patch has the colour of its first expert, its corner that of the second.")},
+        "routing_reading": {
+            "value": say(
+                "A patch has the colour of the expert that takes it, and a corner in that of the second, if it has one."
+            )
+        },
         "attention_tab": {"label": say("Attention")},
         "seen": {"label": say("As the model sees it")},
         "patch": {"label": say("Patch"), "info": say("Click on a patch of the picture; 0 is the mean over all.")},

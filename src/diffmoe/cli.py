@@ -105,13 +105,13 @@ def zero_shot(argv: list[str]) -> int:
     parser.add_argument(
         "--templates",
         nargs="+",
-        default=["{}", "a photo of a {}.", "a picture that shows a {}."],
         help="sentences in which {} stands for a label; their embeddings are averaged",
     )
     args = parser.parse_args(argv)
+    from diffmoe.commands.predict import TEMPLATES
     from diffmoe.commands.predict import zero_shot as run
 
-    results = run(args.images, args.labels, args.templates, args.checkpoint, args.device)
+    results = run(args.images, args.labels, args.templates or TEMPLATES, args.checkpoint, args.device)
     return _print(results, args.json, _print_predictions)
 
 

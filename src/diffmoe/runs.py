@@ -42,6 +42,12 @@ class RunFiles:
         self.metrics = self.folder / "metrics.json"
         self.history = self.folder / "history.csv"
 
+    @classmethod
+    def beside(cls, checkpoint: str | Path) -> RunFiles:
+        """Those of the run that a model file is of: `a/b_model.pth` has them in `a/b`."""
+        path = Path(checkpoint)
+        return cls(path.stem.removesuffix("_model"), str(path.parent))
+
     def check(self, run: RunConfig) -> None:
         """Before work begins: nothing of an earlier run is in the way, and the folders can be written.
 

@@ -230,7 +230,7 @@ def test_rounding_the_rows_up_changes_nothing(monkeypatch: pytest.MonkeyPatch) -
     expected = by_definition(x, ids, gates, weights)
     expected_grads = torch.autograd.grad(expected.square().sum(), (x, *weights))
     for multiple in (1, 2, 8, 64):
-        monkeypatch.setattr(dispatch, "_row_multiple", lambda slots, experts, multiple=multiple: multiple)
+        monkeypatch.setattr(dispatch, "row_multiple", lambda slots, experts, multiple=multiple: multiple)
         y = sorted_experts(x, ids, gates, weights, "gelu", 0.0)
         torch.testing.assert_close(y, expected)
         torch.testing.assert_close(torch.autograd.grad(y.square().sum(), (x, *weights)), expected_grads)

@@ -13,6 +13,7 @@ from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from numpy.typing import NDArray
+from readable import assert_apart
 from torch import Tensor
 
 from diffmoe.config import UserError
@@ -70,17 +71,7 @@ def assert_readable(figure: Figure, dpi: int = 100) -> None:
     """No text overlaps another one or a picture, or leaves the figure."""
     canvas = drawn_in(figure, dpi)
     texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]  # pyright: ignore
-    boxes = [text.get_window_extent(canvas.get_renderer()).extents for text in texts]
-    boxes += [axes.get_window_extent().extents for axes in figure.axes]
-    names = [text.get_text() for text in texts] + ["a picture"] * len(figure.axes)  # pyright: ignore
-    x0, y0, x1, y1 = np.array(boxes).T
-    width, height = canvas.get_width_height()
-    outside = (x0 < -1) | (y0 < -1) | (x1 > width + 1) | (y1 > height + 1)
-    assert not outside.any(), [names[i] for i in np.flatnonzero(outside)]
-    shared_width = np.minimum.outer(x1, x1) - np.maximum.outer(x0, x0)
-    shared_height = np.minimum.outer(y1, y1) - np.maximum.outer(y0, y0)
-    overlaps = np.triu((shared_width > 1) & (shared_height > 1), k=1)
-    assert not overlaps.any(), [(names[i], names[j]) for i, j in np.argwhere(overlaps)]
+    assert_apart(canvas, texts, figure.axes)
 
 
 class TestAttentionMaps:

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from diffmoe.evaluation.embedding import FEWEST_FOR_TSNE
 from diffmoe.visualization import style
-from diffmoe.visualization.embedding import COLORS, LINE, MOST_NAMES, _places, class_style, embedding_map
+from diffmoe.visualization.embedding import COLORS, MOST_NAMES, _places, class_style, embedding_map
 from diffmoe.visualization.language import speaking
+from diffmoe.visualization.style import LINE
 
 
 def clusters(count: int, per_cluster: int = 8, spread: float = 0.1) -> tuple[Tensor, Tensor, list[str]]:

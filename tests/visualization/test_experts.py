@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import StepPatch
+from readable import assert_apart
 from torch import Tensor
 
 from diffmoe.evaluation.experts import (
@@ -77,7 +78,6 @@ def assert_readable(figure: Figure) -> None:
     """No text overlaps another one or leaves the figure; no panel is empty."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    renderer = canvas.get_renderer()
     texts: list[Any] = [text for legend in figure.legends for text in [*legend.get_texts(), legend.get_title()]]
     for axes in figure.axes:
         assert axes.has_data() or axes.texts
@@ -92,15 +92,7 @@ def assert_readable(figure: Figure) -> None:
             texts += [*ticks, left_title, axes.xaxis.label, axes.yaxis.label]
         texts += axes.texts
     texts = [text for text in texts if text.get_text().strip() and text.get_visible()]
-    names = [text.get_text() for text in texts]
-    x0, y0, x1, y1 = np.array([text.get_window_extent(renderer).extents for text in texts]).T
-    width, height = canvas.get_width_height()
-    outside = (x0 < -1) | (y0 < -1) | (x1 > width + 1) | (y1 > height + 1)
-    assert not outside.any(), [names[i] for i in np.flatnonzero(outside)]
-    shared_width = np.minimum.outer(x1, x1) - np.maximum.outer(x0, x0)
-    shared_height = np.minimum.outer(y1, y1) - np.maximum.outer(y0, y0)
-    overlaps = np.triu((shared_width > 1) & (shared_height > 1), k=1)
-    assert not overlaps.any(), [(names[i], names[j]) for i, j in np.argwhere(overlaps)]
+    assert_apart(canvas, texts)
 
 
 def drawn_image(axes: Axes) -> np.ndarray:

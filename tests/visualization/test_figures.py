@@ -16,6 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from readable import assert_apart
 
 from diffmoe.config import UserError
 from diffmoe.evaluation import Predictions, calibration_bins, calibration_error
@@ -61,17 +62,8 @@ def assert_readable(figure: Figure) -> None:
     """No text overlaps another one or leaves the figure."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    renderer = canvas.get_renderer()
     texts = [text for axes in figure.axes for text in visible_texts(axes)]
-    names = [text.get_text() for text in texts]
-    x0, y0, x1, y1 = np.array([text.get_window_extent(renderer).extents for text in texts]).T
-    width, height = canvas.get_width_height()
-    outside = (x0 < -1) | (y0 < -1) | (x1 > width + 1) | (y1 > height + 1)
-    assert not outside.any(), [names[i] for i in np.flatnonzero(outside)]
-    shared_width = np.minimum.outer(x1, x1) - np.maximum.outer(x0, x0)
-    shared_height = np.minimum.outer(y1, y1) - np.maximum.outer(y0, y0)
-    overlaps = np.triu((shared_width > 1) & (shared_height > 1), k=1)
-    assert not overlaps.any(), [(names[i], names[j]) for i, j in np.argwhere(overlaps)]
+    assert_apart(canvas, texts)
 
 
 def lines_by_label(axes: Axes) -> dict[str, tuple[list[float], list[float]]]:

@@ -1,11 +1,7 @@
-"""What the page answers: plain values and figures, from a model file's name and a picture's path.
-
-Shapes: L labels, S sentences a label.
-"""
+"""What the page answers: plain values and figures, from a model file's name and a picture's path."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,20 +10,19 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
 from diffmoe.app.models import Models
 from diffmoe.app.seen import enlarged
 from diffmoe.app.uploads import read_upload, thumbnail
 from diffmoe.commands.captions import write_captions
-from diffmoe.commands.preparation import EVALUATION_BATCH
+from diffmoe.commands.predict import TEMPLATES, label_probabilities
 from diffmoe.commands.use import UsedModel
 from diffmoe.config import UserError
 from diffmoe.data import LazyImages
 from diffmoe.data.folders import FilePictures, picture_files
 from diffmoe.evaluation.experts import BlockRouting
 from diffmoe.model.captioner import Captioner
-from diffmoe.model.features import ImageFeatures, TextFeatures
+from diffmoe.model.features import ImageFeatures
 from diffmoe.model.heads import ImageClassifier
 from diffmoe.recipes import generation_config
 from diffmoe.retrieval import Index, gallery_fingerprint, model_fingerprint
@@ -35,8 +30,6 @@ from diffmoe.visualization.attention import attention_maps
 from diffmoe.visualization.experts import routing_map
 from diffmoe.visualization.language import say
 
-TEMPLATES = ("{}", "a photo of a {}.", "a picture that shows a {}.")
-"""Sentences in which {} stands for a label."""
 FOUND = 8
 """Pictures that a search shows."""
 
@@ -55,7 +48,7 @@ class Answers:
         if not isinstance(used.model, ImageClassifier):
             raise UserError(say("This model has no classes: it writes captions."))
         with torch.inference_mode():
-            logits = used.model(used.prepare(pixels[None]), classes=_class_features(used))["logits"]
+            logits = used.model(used.prepare(pixels[None]), classes=used.classes)["logits"]
         return dict(zip(used.info.class_names, logits[0].float().softmax(-1).tolist(), strict=True))
 
     def zero_shot(self, picture: str | None, labels: str, model: str | None) -> dict[str, float]:
@@ -64,12 +57,8 @@ class Answers:
         if len(names) < 2:
             raise UserError(say("Give at least 2 different labels, each on a line of its own or between commas."))
         used, pixels = self._read(picture, model)
-        embeddings = self._encode_texts(
-            used, [template.replace("{}", name) for name in names for template in TEMPLATES]
-        )
-        labels_LD = F.normalize(embeddings.unflatten(0, (len(names), len(TEMPLATES))).mean(1), dim=-1)
-        similarity_L = labels_LD @ used.encode_pictures(pixels[None])[0]
-        probabilities = (used.backbone.scale.detach().cpu() * similarity_L).softmax(-1)
+        _check_reads_texts(used)
+        probabilities = label_probabilities(used, pixels[None], names, TEMPLATES)[0]
         return dict(zip(names, probabilities.tolist(), strict=True))
 
     def caption(self, picture: str | None, model: str | None) -> str:
@@ -88,11 +77,11 @@ class Answers:
         """
         root, names = self._listed(folder or ".")
         used = self.models.open(model)
-        query = (
-            self._encode_texts(used, [text])
-            if text.strip()
-            else used.encode_pictures(self._pixels(picture, used)[None])
-        )
+        if text.strip():
+            _check_reads_texts(used)
+            query = used.encode_texts([text])
+        else:
+            query = used.encode_pictures(self._pixels(picture, used)[None])
         index = _embed(used, root, names, gallery_fingerprint(names, [root / name for name in names]))
         scores, rows = (found[0].tolist() for found in index.search(query, FOUND))
         return [
@@ -134,11 +123,6 @@ class Answers:
     def _pixels(self, picture: str | None, used: UsedModel) -> Tensor:
         return read_upload(picture, used.model.config.img_size, used.model.config.in_channels)
 
-    def _encode_texts(self, used: UsedModel, texts: Sequence[str]) -> Tensor:
-        if isinstance(used.model, ImageClassifier) and used.model.class_tokens is None:
-            raise UserError(say("This model was trained without texts: it cannot compare a picture with words."))
-        return used.encode_texts(texts)
-
     def _listed(self, folder: str) -> tuple[Path, tuple[str, ...]]:
         """A folder of the gallery, and the pictures in it and its folders; links that leave the gallery are none."""
         if self.gallery is None:
@@ -156,6 +140,11 @@ class Answers:
         return root, names
 
 
+def _check_reads_texts(used: UsedModel) -> None:
+    if isinstance(used.model, ImageClassifier) and used.model.class_tokens is None:
+        raise UserError(say("This model was trained without texts: it cannot compare a picture with words."))
+
+
 def _check_number(what: str, number: int, count: int) -> None:
     if not 0 <= number <= count:
         raise UserError(
@@ -170,16 +159,8 @@ def _look(used: UsedModel, pixels: Tensor) -> ImageFeatures:
 
 
 @lru_cache(maxsize=4)
-def _class_features(used: UsedModel) -> TextFeatures | None:
-    with torch.inference_mode():
-        return used.model.class_features() if isinstance(used.model, ImageClassifier) else None
-
-
-@lru_cache(maxsize=4)
 def _embed(used: UsedModel, root: Path, names: tuple[str, ...], key: str) -> Index:
     """The pictures of a folder, embedded; `key` changes with them."""
     config = used.model.config
     pictures = LazyImages.of(FilePictures(root, names), config.img_size, config.in_channels)
-    rows = torch.arange(len(names)).split(EVALUATION_BATCH)
-    embeddings = torch.cat([used.encode_pictures(pictures[part]) for part in rows])
-    return Index(embeddings, names, "pictures", model_fingerprint(used.model), key)
+    return Index(used.encode_pictures(pictures), names, "pictures", model_fingerprint(used.model), key)

@@ -99,7 +99,7 @@ class Models:
 
 def _scores(path: Path, used: UsedModel) -> list[str]:
     """What `metrics.json` beside a model file says of it; nothing where there is none."""
-    metrics = RunFiles(path.name.removesuffix("_model.pth"), str(path.parent)).read_metrics()
+    metrics = RunFiles.beside(path).read_metrics()
     if metrics.get("dataset") != used.info.dataset:
         return []
     test, validation = metrics.get("test_accuracy", 0), metrics.get("val_accuracy", 0)

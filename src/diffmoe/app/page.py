@@ -183,7 +183,10 @@ class Page:
     def _show(
         self, picture: str | None, model: str | None, block: int, patch: int, language: Language
     ) -> Iterator[dict[Any, Any]]:
-        """All that is shown of a picture, each part as soon as it is there; an old picture's is cleared first."""
+        """All that is shown of a picture: an old one's is cleared, then the answer comes, at last both maps.
+
+        Once the maps are there nothing more comes: it would undo what a slider asked for in the meantime.
+        """
         answers, parts = self.answers, self.parts
         shown: dict[Any, Any] = dict.fromkeys(
             parts[name] for name in ("classes", "caption", "routing", "attention", "seen")
@@ -210,7 +213,7 @@ class Page:
         # Each time all there is: of parts handed over one by one in a hurry gradio loses some.
         yield (shown := shown | classes_or_caption(language))
         if not answers.models.open(model).model.config.dense:
-            yield (shown := shown | routing(language))
+            shown |= routing(language)
         yield shown | attention(language)
 
     def _models(self) -> Any:

@@ -21,7 +21,7 @@ from diffmoe.commands.preparation import (
     parameter_counts,
     training_options,
 )
-from diffmoe.config import GenerationConfig, UserError
+from diffmoe.config import GenerationConfig, ModelConfig, UserError
 from diffmoe.data import (
     CaptionBatches,
     CaptionSplit,
@@ -52,8 +52,7 @@ SHEET = 12
 def prepare(settings: Settings, fabric: Fabric) -> TrainingParts:
     """The data, the model from its seed, and what the loop needs of them."""
     config, max_len = settings.training, settings.model.max_text_len
-    if settings.model.fusion_layers < 1:
-        raise UserError("fusion_layers is 0: captions need at least 1, in which the text reads the picture")
+    check_fusion(settings.model)
     with fabric.rank_zero_first():  # the others find the cache that it made
         size = {"img_size": settings.model.img_size, "in_channels": settings.model.in_channels}
         data = load_captions(settings.data, **size, progress=fabric.is_global_zero)
@@ -73,6 +72,12 @@ def prepare(settings: Settings, fabric: Fabric) -> TrainingParts:
     )
     objective = CaptionObjective(model, config.label_smoothing)
     return TrainingParts(model, objective, batches, lambda: _validate(model, validation), info, summary)
+
+
+def check_fusion(config: ModelConfig) -> None:
+    """Raises `UserError` where a model of `config` could not write captions."""
+    if config.fusion_layers < 1:
+        raise UserError("fusion_layers is 0: captions need at least 1, in which the text reads the picture")
 
 
 def test(settings: Settings) -> None:

@@ -42,7 +42,8 @@ def prepare(settings: Settings, fabric: Fabric) -> TrainingParts:
     )
     validation = _in_order(data.validation, info, fabric.device, settings.data.num_workers)
     torch.manual_seed(config.seed)
-    model = ImageClassifier(_with_classes(settings, data), *_class_tokens(data, settings.model.max_text_len))
+    tokens, mask = class_tokens(data.name, data.class_names, settings.model.max_text_len)
+    model = ImageClassifier(_with_classes(settings, data), tokens, mask)
     summary = (
         f"{data.name}: {len(data.train):,} training, {len(data.validation):,} validation and {len(data.test):,} test "
         f"pictures, {len(data.class_names)} classes"
@@ -94,9 +95,9 @@ def _with_classes(settings: Settings, data: ImageDataset) -> ModelConfig:
     return dataclasses.replace(settings.model, num_classes=found)
 
 
-def _class_tokens(data: ImageDataset, max_len: int) -> tuple[Tensor, Tensor]:
+def class_tokens(dataset: str, class_names: Sequence[str], max_len: int) -> tuple[Tensor, Tensor]:
     """The classes' descriptions as (C, S, T) tokens and mask."""
-    sentences = class_descriptions(data.name, data.class_names)
+    sentences = class_descriptions(dataset, class_names)
     tokens, mask = tokenize([sentence for of_class in sentences for sentence in of_class], max_len)
     shape = (len(sentences), len(sentences[0]))
     return tokens.unflatten(0, shape), mask.unflatten(0, shape)

@@ -16,6 +16,9 @@ from diffmoe.data import tokenize
 from diffmoe.model.captioner import Captioner
 from diffmoe.model.heads import ImageClassifier
 
+TEMPLATES = ("{}", "a photo of a {}.", "a picture that shows a {}.")
+"""Sentences in which {} stands for a label, where nobody says others."""
+
 
 def predict(
     images: Sequence[str], checkpoint: str, top: int, device: str, text: str | None = None
@@ -57,7 +60,7 @@ def _classify(
     Picture and text are taken as independent given the class: their product, scaled, is the probability given both.
     """
     with torch.inference_mode():
-        classes = model.class_features()
+        classes = used.classes
         chunks = [
             model(used.prepare(part), classes=classes)["logits"].float() for part in pictures.split(EVALUATION_BATCH)
         ]
@@ -100,12 +103,16 @@ def zero_shot(
     if len(set(labels)) < 2:
         raise UserError(f"labels are {', '.join(labels)}: there must be at least 2 different ones")
     used = open_model(checkpoint, device)
-    pictures = used.read(images)
-    sentences = [template.replace("{}", label) for label in labels for template in templates]
-    embeddings = used.encode_texts(sentences).unflatten(0, (len(labels), len(templates)))
-    classes = F.normalize(embeddings.mean(1), dim=-1)
-    probabilities = (used.backbone.scale.detach().cpu() * used.encode_pictures(pictures) @ classes.T).softmax(-1)
+    probabilities = label_probabilities(used, used.read(images), labels, templates)
     return [
         {"image": str(path), "predictions": _ranked(row, labels, len(labels))}
         for path, row in zip(images, probabilities, strict=True)
     ]
+
+
+def label_probabilities(used: UsedModel, pictures: Tensor, labels: Sequence[str], templates: Sequence[str]) -> Tensor:
+    """Of each of L labels for each picture, uint8 (N, C, H, W): (N, L), rows sum to 1. As `zero_shot` says."""
+    sentences = [template.replace("{}", label) for label in labels for template in templates]
+    embeddings = used.encode_texts(sentences).unflatten(0, (len(labels), len(templates)))
+    classes = F.normalize(embeddings.mean(1), dim=-1)
+    return (used.backbone.scale.detach().cpu() * used.encode_pictures(pictures) @ classes.T).softmax(-1)

@@ -13,10 +13,12 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from diffmoe.checkpoint import Checkpoint, load_checkpoint
-from diffmoe.commands import captions, classification
+from diffmoe.commands import TASKS
+from diffmoe.commands.captions import check_fusion
+from diffmoe.commands.classification import class_tokens
 from diffmoe.commands.preparation import check_fits
 from diffmoe.config import EMBEDDED_DATASETS, HUB_DATASETS, UserError
-from diffmoe.data import VOCAB_SIZE, check_dataset, class_descriptions, tokenize
+from diffmoe.data import VOCAB_SIZE, check_dataset
 from diffmoe.model.captioner import Captioner
 from diffmoe.model.heads import ImageClassifier
 from diffmoe.profiling.throughput import Draw, Head
@@ -61,8 +63,7 @@ def find_subject(settings: Settings, loaded: Checkpoint | None, fabric: Fabric, 
         notes += [f"routing: {'a fresh router, which training changes' if loaded is None else 'the trained router'}"]
     if not _has_data(settings, loaded):
         return _on_noise(settings, loaded, fabric, notes)
-    task = {"classification": classification, "captions": captions}[check_dataset(settings.data)]
-    parts = task.prepare(settings, fabric)
+    parts = TASKS[check_dataset(settings.data)].prepare(settings, fabric)
     model, size = parts.model if loaded is None else loaded.model, settings.training.batch_size
     if type(model) is not type(parts.model) or model.config.num_classes != parts.model.config.num_classes:
         raise UserError(
@@ -99,13 +100,10 @@ def _fresh(settings: Settings) -> Head:
     """A model of the settings without its data: class descriptions from templates, all words to write."""
     config = settings.model
     if settings.data.dataset in CAPTIONED:
-        if config.fusion_layers < 1:
-            raise UserError("fusion_layers is 0: captions need at least 1, in which the text reads the picture")
+        check_fusion(config)
         return Captioner(config, torch.arange(VOCAB_SIZE))
-    sentences = class_descriptions(settings.data.dataset, [f"class {number}" for number in range(config.num_classes)])
-    tokens, mask = tokenize([sentence for of_class in sentences for sentence in of_class], config.max_text_len)
-    shape = (len(sentences), len(sentences[0]))
-    return ImageClassifier(config, tokens.unflatten(0, shape), mask.unflatten(0, shape))
+    names = [f"class {number}" for number in range(config.num_classes)]
+    return ImageClassifier(config, *class_tokens(settings.data.dataset, names, config.max_text_len))
 
 
 def dense_twin(model: Head) -> Head | None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from diffmoe.profiling.profile import PartCost
+from diffmoe.visualization.profile import numbers_of
+
 
 def print_profile(result: dict[str, Any]) -> None:
     """The tables of a profile."""
@@ -33,17 +36,16 @@ def print_profile(result: dict[str, Any]) -> None:
         "%",
         "MB held",
     ]
-    whole = sum(cost["ms"] for cost in result["grouped"])
+    costs = [PartCost(**{name: value for name, value in row.items() if name != "ms"}) for row in result["grouped"]]
+    whole = sum(cost.ms for cost in costs)
     rows = [
         [
-            cost["part"],
-            *(f"{cost[name]:,}" if cost[name] else "" for name in ("parameters", "parameters_active")),
-            *(_mega(cost[f"{way}_flops"] / size) if cost[f"{way}_flops"] else "" for way in ("forward", "backward")),
-            *(f"{cost[name]:,.2f}" if cost[name] else "" for name in ("forward_ms", "backward_ms", "ms")),
-            f"{cost['ms'] / whole:.1%}" if cost["ms"] else "",
-            f"{cost['held_bytes'] / 1e6:,.2f}" if cost["held_bytes"] else "",
+            cost.part,
+            *(numbers := numbers_of(cost, size))[:-1],
+            f"{cost.ms / whole:.1%}" if cost.ms else "",
+            numbers[-1],
         ]
-        for cost in result["grouped"]
+        for cost in costs
     ]
     rows += [["remainder of the medians", *[""] * 6, f"{result['remainder_ms']:,.2f}", "", ""]]
     rows += [["the step", *[""] * 6, f"{result['step_ms']:,.2f}", "", ""]]

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffmoe.commands.preparation import EVALUATION_BATCH
 from diffmoe.commands.use import UsedModel, open_model
 from diffmoe.config import DataConfig, UserError, dataset_name
 from diffmoe.data import LazyImages, check_dataset, load_captions, load_dataset
@@ -75,7 +74,7 @@ def retrieve(
     path = Path(index) if index else folder / f"{kind}.safetensors"
     stored = _open_index(path, model_fingerprint(used.model), key, overwrite)
     if stored is None:
-        embeddings = _encode_gallery(used, found.images) if text is not None else used.encode_texts(wanted)
+        embeddings = used.encode_pictures(found.images) if text is not None else used.encode_texts(wanted)
         stored = Index(embeddings, tuple(wanted), kind, model_fingerprint(used.model), key)
         stored.save(path)
     scores, rows = (tensor[0] for tensor in stored.search(query, top))
@@ -133,11 +132,6 @@ def _open_index(path: Path, model: str, gallery: str, overwrite: bool) -> Index 
     stored = Index.load(path)
     stored.check(path, model=model, gallery=gallery)
     return stored
-
-
-def _encode_gallery(used: UsedModel, images: Tensor | LazyImages) -> Tensor:
-    rows = torch.arange(len(images)).split(EVALUATION_BATCH)
-    return torch.cat([used.encode_pictures(images[part]) for part in rows])
 
 
 def _draw(

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from diffmoe.commands.captions import SHEET, embed, write_captions
 from diffmoe.commands.subject import NUM_WORKERS, Captioned, Labelled, Subject
 from diffmoe.data import detokenize
-from diffmoe.evaluation import calibration_error, classification_metrics, pick_examples
 from diffmoe.evaluation import embedding as embeddings
+from diffmoe.evaluation import pick_examples
 from diffmoe.evaluation.attention import description_attention, patch_similarity, rollout, word_attention
 from diffmoe.evaluation.experts import BlockRouting, ablation, class_expert_counts
 from diffmoe.evaluation.history import load_history
@@ -28,7 +28,7 @@ MOST_FAVOURITES = 3
 
 def scores(subject: Labelled) -> Section:
     """The figures of the whole split."""
-    metrics = classification_metrics(subject.predictions, len(subject.class_names))
+    metrics = subject.scores
     table = [(say("score"), say("value")), (say("accuracy"), _percent(metrics["accuracy"]))]
     table.append((say("top-5 accuracy"), _percent(metrics["top5_accuracy"])))
     if "zero_shot_accuracy" in metrics:
@@ -72,25 +72,21 @@ def predictions(subject: Labelled) -> Section:
 
 def confusion_matrix(subject: Labelled) -> Section:
     """Which class is taken for which."""
-    count = len(subject.class_names)
-    pairs = subject.predictions.labels * count + subject.predictions.predicted
-    figure = figures.confusion_matrix(torch.bincount(pairs, minlength=count**2).view(count, count), subject.class_names)
+    figure = figures.confusion_matrix(subject.scores["confusion_matrix"], subject.class_names)
     return Section(say("Confusion matrix"), figure, how_to_read(figures.confusion_matrix))
 
 
 def calibration(subject: Labelled) -> Section:
     """Whether the model is as right as it is sure."""
-    error = calibration_error(subject.predictions)
-    note = say("Confidence and accuracy differ by {error:.1%} on average.", error=error)
+    note = say("Confidence and accuracy differ by {error:.1%} on average.", error=subject.scores["ece"])
     figure = figures.reliability_diagram(subject.predictions)
     return Section(say("Calibration"), figure, how_to_read(figures.reliability_diagram), note)
 
 
 def per_class(subject: Labelled) -> Section:
     """Precision and recall."""
-    metrics = classification_metrics(subject.predictions, len(subject.class_names))
-    names, most = subject.class_names, subject.show.weakest_classes
-    figure = figures.per_class(metrics["precision"], metrics["recall"], names, most)  # pyright: ignore[reportArgumentType]
+    metrics, most = subject.scores, subject.show.weakest_classes
+    figure = figures.per_class(metrics["precision"], metrics["recall"], subject.class_names, most)
     return Section(say("Class by class"), figure, how_to_read(figures.per_class))
 
 
@@ -195,10 +191,10 @@ def attention_rollout(subject: Subject) -> Section:
 def class_maps(subject: Labelled) -> Section:
     """Pictures read with the descriptions of the classes."""
     title = say("Pictures and class descriptions")
-    if subject.classes is None:
+    if subject.used.classes is None:
         return _left_out(title, say("this model was trained without class descriptions."))
     rows = subject.examples
-    similarity = patch_similarity(subject.model, subject.used.prepare(subject.images[rows]), subject.classes).cpu()
+    similarity = patch_similarity(subject.model, subject.used.prepare(subject.images[rows]), subject.used.classes).cpu()
     drawn = [
         attention.class_maps(subject.images[row], subject.class_names, similarity[number])
         for number, row in enumerate(rows.tolist())
@@ -248,8 +244,7 @@ def without_experts(subject: Subject) -> Section:
     return Section(title, experts.ablation_map(found), how_to_read(experts.ablation_map))
 
 
-def _percent(share: object) -> str:
-    assert isinstance(share, float)
+def _percent(share: float) -> str:
     return f"{share:.2%}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,11 +16,10 @@ from diffmoe.commands.preparation import EVALUATION_BATCH
 from diffmoe.commands.use import UsedModel
 from diffmoe.config import DataConfig, GenerationConfig, VisualizationConfig
 from diffmoe.data import Batches, CaptionBatches, CaptionSplit, LazyImages, Split
-from diffmoe.evaluation import Predictions, evaluating
+from diffmoe.evaluation import Predictions, classification_metrics, evaluating
 from diffmoe.evaluation.experts import BlockRouting, ExpertTrace, trace_experts
 from diffmoe.model.captioner import Captioner
 from diffmoe.model.encoders import AttentionMap
-from diffmoe.model.features import TextFeatures
 from diffmoe.model.heads import ImageClassifier
 from diffmoe.recipes import generation_config
 from diffmoe.training import Metrics
@@ -30,10 +30,12 @@ NUM_WORKERS = DataConfig.num_workers
 
 
 @dataclass(frozen=True)
-class Subject:
+class Subject(ABC):
     """Of either task. What takes a pass over the pictures is computed once, when it is first asked for."""
 
     used: UsedModel
+    model: ImageClassifier | Captioner
+    split: Split | CaptionSplit
     history: list[Metrics]
     """Of its training, an epoch a row; empty where it is not there."""
     metrics: dict[str, Any]
@@ -43,16 +45,16 @@ class Subject:
     @property
     def images(self) -> Tensor | LazyImages:
         """uint8 (N, C, H, W)."""
-        raise NotImplementedError
+        return self.split.images
 
     @property
     def examples(self) -> Tensor:
         """Rows of the pictures that are looked at one by one, int64."""
         return torch.arange(min(EXAMPLES, len(self.images)))
 
+    @abstractmethod
     def batches(self, rows: Tensor | None = None) -> Any:
         """Batches of the pictures at `rows`, or of all, as evaluation wants them."""
-        raise NotImplementedError
 
     @cached_property
     def constants(self) -> dict[str, Any]:
@@ -74,7 +76,12 @@ class Subject:
     @cached_property
     def attention(self) -> tuple[AttentionMap, ...]:
         """The attention of the examples, all of them together."""
-        raise NotImplementedError
+        with evaluating(self.used.model), torch.no_grad():
+            return self.look(self.used.prepare(self.images[self.examples]))["attention"]
+
+    @abstractmethod
+    def look(self, pictures: Tensor) -> dict[str, Any]:
+        """What the model returns of the examples, normalised, with attention maps."""
 
     def attention_of(self, example: int) -> list[AttentionMap]:
         """The maps of one example: (1, H, N, S) each. A classifier's text tower has none of its own for a picture."""
@@ -92,11 +99,6 @@ class Labelled(Subject):
 
     model: ImageClassifier
     split: Split
-
-    @property
-    def images(self) -> Tensor | LazyImages:
-        """uint8 (N, C, H, W)."""
-        return self.split.images
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -118,13 +120,7 @@ class Labelled(Subject):
     @cached_property
     def constants(self) -> dict[str, Any]:
         """The classes' features, so that descriptions are not read anew for each batch."""
-        return {"classes": self.classes}
-
-    @cached_property
-    def classes(self) -> TextFeatures | None:
-        """None where the model has no descriptions."""
-        with evaluating(self.model), torch.no_grad():
-            return self.model.class_features()
+        return {"classes": self.used.classes}
 
     @property
     def predictions(self) -> Predictions:
@@ -133,11 +129,13 @@ class Labelled(Subject):
         return self.trace.predictions
 
     @cached_property
-    def attention(self) -> tuple[AttentionMap, ...]:
-        """As the examples are classified."""
-        with evaluating(self.model), torch.no_grad():
-            pictures = self.used.prepare(self.images[self.examples])
-            return self.model(pictures, need_weights=True, **self.constants)["attention"]
+    def scores(self) -> dict[str, Any]:
+        """Of all pictures, as `classification_metrics` has them."""
+        return classification_metrics(self.predictions, len(self.class_names))
+
+    def look(self, pictures: Tensor) -> dict[str, Any]:
+        """As they are classified."""
+        return self.model(pictures, need_weights=True, **self.constants)
 
 
 @dataclass(frozen=True)
@@ -146,11 +144,6 @@ class Captioned(Subject):
 
     model: Captioner
     split: CaptionSplit
-
-    @property
-    def images(self) -> Tensor | LazyImages:
-        """uint8 (N, C, H, W)."""
-        return self.split.images
 
     def batches(self, rows: Tensor | None = None) -> CaptionBatches:
         """Pictures, each with its first caption."""
@@ -168,9 +161,6 @@ class Captioned(Subject):
         """The captions that the model writes for the examples, (B, T) int64."""
         return self.model.generate(self.used.prepare(self.images[self.examples]), self.generation)
 
-    @cached_property
-    def attention(self) -> tuple[AttentionMap, ...]:
-        """As the model reads the captions that it wrote for the examples."""
-        with evaluating(self.model), torch.no_grad():
-            pictures = self.used.prepare(self.images[self.examples])
-            return self.model(pictures, self.written, need_weights=True, need_logits=False)["attention"]
+    def look(self, pictures: Tensor) -> dict[str, Any]:
+        """As the model reads the captions that it wrote for them."""
+        return self.model(pictures, self.written, need_weights=True, need_logits=False)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from diffmoe.checkpoint import DataInfo, load_checkpoint
 from diffmoe.commands.preparation import EVALUATION_BATCH
-from diffmoe.data import normalize, read_picture, tokenize
+from diffmoe.data import LazyImages, normalize, read_picture, tokenize
 from diffmoe.hardware import pick_device, use_fast_matmul
 from diffmoe.model.captioner import Captioner
+from diffmoe.model.features import TextFeatures
 from diffmoe.model.heads import ImageClassifier
 from diffmoe.model.multimodal import MultiModalMoE
 
@@ -40,13 +42,17 @@ class UsedModel:
         """uint8 (N, C, H, W) -> normalised float32, on the device."""
         return normalize(pictures.to(self.device), self.info.mean, self.info.std)
 
-    def encode_pictures(self, pictures: Tensor) -> Tensor:
-        """uint8 (N, C, H, W) -> unit-norm embeddings (N, D), on the CPU."""
+    @cached_property
+    def classes(self) -> TextFeatures | None:
+        """What a classifier's text tower says of its class descriptions, read once; None where there are none."""
+        with torch.no_grad():
+            return self.model.class_features() if isinstance(self.model, ImageClassifier) else None
+
+    def encode_pictures(self, pictures: Tensor | LazyImages) -> Tensor:
+        """uint8 (N, C, H, W), in memory or decoded on demand -> unit-norm embeddings (N, D), on the CPU."""
+        rows = torch.arange(len(pictures)).split(EVALUATION_BATCH)
         with torch.inference_mode():
-            chunks = [
-                self.backbone.encode_image(self.prepare(part)).float().cpu()
-                for part in pictures.split(EVALUATION_BATCH)
-            ]
+            chunks = [self.backbone.encode_image(self.prepare(pictures[part])).float().cpu() for part in rows]
         return torch.cat(chunks).clone()
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:

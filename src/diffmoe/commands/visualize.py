@@ -103,7 +103,7 @@ def visualize(
     name = dataset or used.info.dataset
     if dataset_name(name) != used.info.dataset:
         raise UserError(f"dataset is {name!r}: the model in {checkpoint} was trained on {used.info.dataset!r}")
-    run = _run_of(checkpoint)
+    run = RunFiles.beside(checkpoint)
     subject, all_pictures = _open_subject(used, DataConfig(dataset=name, data_dir=data_dir), split, run, show)
     saved: list[Path] = []
     with speaking(lang):
@@ -111,12 +111,6 @@ def visualize(
         facts = _facts(subject, split, all_pictures, run, command)
         page = write_report(folder / "report.html", title, _sections(subject, folder, saved), lang, facts)
     return {"report": str(page), "figures": [str(path) for path in saved]}
-
-
-def _run_of(checkpoint: str) -> RunFiles:
-    """What training left beside the model file: `a/b_model.pth` has its run in `a/b`."""
-    path = Path(checkpoint)
-    return RunFiles(path.stem.removesuffix("_model"), str(path.parent))
 
 
 def _open_subject(

@@ -99,7 +99,7 @@ def _sort_slots(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor
     ids_S = expert_ids_TK.flatten()
     order_S = ids_S.argsort(stable=True)
     count_E = torch.bincount(ids_S, minlength=num_experts + 1)
-    multiple = _row_multiple(num_slots, num_experts)
+    multiple = row_multiple(num_slots, num_experts)
     row_count_E = (count_E + multiple - 1) // multiple * multiple
     # A slot moves down by the padding of all experts before its own.
     padding_before_E = (row_count_E - count_E).cumsum(0) - (row_count_E - count_E)
@@ -110,7 +110,7 @@ def _sort_slots(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor
     return source_P, slot_S.view_as(expert_ids_TK), rows
 
 
-def _row_multiple(num_slots: int, num_experts: int) -> int:
+def row_multiple(num_slots: int, num_experts: int) -> int:
     """A power of two from MIN_ROWS to 256 that pads an average expert's rows by about a thirty-second."""
     sixteenth = num_slots // (16 * num_experts)  # of an average expert's rows; rounding up adds half of it on average
     return min(256, max(MIN_ROWS, (1 << sixteenth.bit_length()) >> 1))

@@ -26,7 +26,7 @@ from diffmoe.evaluation.attention import image_maps
 from diffmoe.model.encoders import AttentionMap
 from diffmoe.visualization import style
 from diffmoe.visualization.language import say
-from diffmoe.visualization.marks import block_name
+from diffmoe.visualization.marks import axes_at, block_name, no_axes
 from diffmoe.visualization.style import styled
 
 MOST = 24
@@ -38,8 +38,6 @@ SIDE, WIDTH = 1.25, 8.5
 """A picture's width, in inches, and about the most that all of a row may take."""
 BAR, BAR_HEIGHT, NUMBERS = 0.13, 2.7, 0.55
 """The colour bar's width, its greatest height and the room for its numbers, in inches."""
-LINE = style.SMALL * style.LINE_HEIGHT / 72
-"""A line of text, in inches."""
 
 COLORS = matplotlib.colormaps["viridis"](np.linspace(0, 1, 256))
 COLORS[:, 3] = np.linspace(0.35, 0.85, 256)
@@ -182,24 +180,24 @@ def _sheet(
     tall = side * image.shape[1] / image.shape[2]
     titles = [style.wrap(panel.title, side, style.SMALL, max_lines=2) for panel in panels]
     side_titles = [style.wrap(panel.side_title, tall, style.SMALL, max_lines=2) for panel in panels]
-    beside = max(map(_num_lines, side_titles)) * LINE
+    beside = max(map(_num_lines, side_titles)) * style.LINE
     tops = _tops(panels, titles, tall)
     bottom = tops[-1] + tall
     bar_left, bar_height = MARGIN + columns * (side + GAP) + beside, min(bottom - tops[0], BAR_HEIGHT)
     label = "\n".join(style.wrap(line, bar_height, style.SMALL) for line in label.split("\n"))
-    width = bar_left + BAR + NUMBERS + _num_lines(label) * LINE + MARGIN
+    width = bar_left + BAR + NUMBERS + _num_lines(label) * style.LINE + MARGIN
     figure = Figure(figsize=(width, bottom + MARGIN))
     heats = np.stack([panel.heat for panel in panels if panel.heat is not None])
     norm = _norm(heats, percent)
     for panel, title, side_title in zip(panels, titles, side_titles, strict=True):
         left = MARGIN + panel.column * (side + GAP) + (beside if panel.column else 0)
-        axes = _axes(figure, left, tops[panel.row], side, tall)
+        axes = axes_at(figure, left, tops[panel.row], side, tall)
         _show(axes, image, panel.heat, norm)
         axes.set_title(title, fontsize=style.SMALL, pad=3, linespacing=1.2)
         axes.set_ylabel(side_title, fontsize=style.SMALL, labelpad=3, linespacing=1.2)
         if patch is not None:
             _frame(axes, image, patch, heats.shape[1])
-    _color_bar(_axes(figure, bar_left, tops[0], BAR, bar_height), norm, label, percent)
+    _color_bar(axes_at(figure, bar_left, tops[0], BAR, bar_height), norm, label, percent)
     return figure
 
 
@@ -208,7 +206,7 @@ def _tops(panels: Sequence[_Panel], titles: Sequence[str], tall: float) -> list[
     tops: list[float] = []
     for row in range(1 + max(panel.row for panel in panels)):
         lines = max(_num_lines(title) for title, panel in zip(titles, panels, strict=True) if panel.row == row)
-        tops.append((tops[-1] + tall + GAP if tops else MARGIN) + lines * LINE)
+        tops.append((tops[-1] + tall + GAP if tops else MARGIN) + lines * style.LINE)
     return tops
 
 
@@ -224,12 +222,6 @@ def _num_lines(text: str) -> int:
     return text.count("\n") + 1 if text else 0
 
 
-def _axes(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
-    """Axes at a place in inches, from the figure's left and top."""
-    across, down = figure.get_size_inches()
-    return figure.add_axes((left / across, 1 - (top + height) / down, width / across, height / down))
-
-
 def _show(axes: Axes, image: Tensor, heat: NDArray[np.float32] | None, norm: Normalize) -> None:
     """The picture; with `heat` in grey, the cells of the heat map over it."""
     pixels = image.permute(1, 2, 0).cpu().numpy()
@@ -241,9 +233,7 @@ def _show(axes: Axes, image: Tensor, heat: NDArray[np.float32] | None, norm: Nor
         grey = pixels @ np.array(LUMA if channels == 3 else (1,)) / 255
         axes.imshow(DARK + (LIGHT - DARK) * grey, cmap="gray", vmin=0, vmax=1, **drawn)
         axes.imshow(heat.reshape(_grid(len(heat), image)), cmap=ListedColormap(COLORS), norm=norm, **drawn)
-    axes.set(xticks=[], yticks=[])
-    axes.spines[:].set_visible(False)
-    axes.grid(visible=False)
+    no_axes(axes)
 
 
 def _grid(num_patches: int, image: Tensor) -> tuple[int, int]:

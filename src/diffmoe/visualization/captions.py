@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diffmoe.visualization import style
 from diffmoe.visualization.language import say
+from diffmoe.visualization.marks import axes_at, show_picture
 from diffmoe.visualization.style import styled
 
 MARGIN = 0.1
@@ -92,8 +93,8 @@ def ranked_texts(image: Tensor, texts: Sequence[str], scores: Tensor, probabilit
     left = MARGIN + side + GAP + labels + 2 * PAD
     width, height = left + bars + numbers + MARGIN, max(tall, title + sum(heights)) + 2 * MARGIN
     figure = Figure(figsize=(width, height))
-    _show(_panel(figure, MARGIN, MARGIN, side, tall), image)
-    axes = _panel(figure, left, MARGIN + title, bars, sum(heights))
+    show_picture(axes_at(figure, MARGIN, MARGIN, side, tall), image)
+    axes = axes_at(figure, left, MARGIN + title, bars, sum(heights))
     centers = np.cumsum(heights) - np.array(heights) / 2
     axes.barh(centers, values, height=0.13, color=style.BLUE)
     axes.axvline(0, color=style.MUTED, linewidth=0.8)
@@ -135,21 +136,9 @@ def _grid(
     for number, image in enumerate(images):
         row, column = divmod(number, columns)
         top = MARGIN + above + sum(rows[:row]) + row * GAP
-        panels.append(_panel(figure, MARGIN + column * (side + GAP), top, side, tall))
-        _show(panels[-1], image)
+        panels.append(axes_at(figure, MARGIN + column * (side + GAP), top, side, tall))
+        show_picture(panels[-1], image)
     return figure, panels
-
-
-def _panel(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
-    """Axes at a place in inches, from the figure's left and top."""
-    across, down = figure.get_size_inches()
-    return figure.add_axes((left / across, 1 - (top + height) / down, width / across, height / down))
-
-
-def _show(axes: Axes, image: Tensor) -> None:
-    axes.imshow(image.permute(1, 2, 0).cpu().numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    axes.set(xticks=[], yticks=[])
-    axes.spines[:].set_visible(False)
 
 
 def _write_below(axes: Axes, above: Transform | Text, text: str, color: str) -> Text:

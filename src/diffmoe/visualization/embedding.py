@@ -19,6 +19,7 @@ from torch import Tensor
 from diffmoe.evaluation.embedding import FEWEST_FOR_TSNE
 from diffmoe.visualization import style
 from diffmoe.visualization.language import say
+from diffmoe.visualization.marks import axes_at
 from diffmoe.visualization.style import styled
 
 COLORS = (
@@ -32,8 +33,6 @@ TINY = 6
 """Size of the names of many classes, in points."""
 MARGIN = 0.1
 """Around a figure, in inches."""
-LINE = style.SMALL * style.LINE_HEIGHT / 72
-"""A line of text, in inches."""
 PLACES = 6000
 """That are tried for a name."""
 
@@ -58,9 +57,8 @@ def embedding_map(points: Tensor, labels: Tensor, class_names: Sequence[str]) ->
     classes = [number for number in range(len(class_names)) if (labels == number).any()]
     is_crowded = len(classes) > 20
     side = 8.4 if is_crowded else 6.2
-    figure = Figure(figsize=(side + 2 * MARGIN, side + LINE + 3 * MARGIN))
-    width, height = figure.get_size_inches()
-    axes = figure.add_axes((MARGIN / width, 1 - (MARGIN + side) / height, side / width, side / height))
+    figure = Figure(figsize=(side + 2 * MARGIN, side + style.LINE + 3 * MARGIN))
+    axes = axes_at(figure, MARGIN, MARGIN, side, side)
     places = _in_square(points.double().numpy(), side)
     axes.set(xlim=(0, side), ylim=(0, side), xticks=[], yticks=[])
     axes.spines[:].set(visible=True, color=style.GRID)
@@ -74,6 +72,7 @@ def embedding_map(points: Tensor, labels: Tensor, class_names: Sequence[str]) ->
     _write_names(axes, medians, [names[number] for number in named.tolist()], named.tolist(), side, font_size)
     method = say("PCA, then t-SNE") if len(points) >= FEWEST_FOR_TSNE else say("PCA")
     note = say("{count} pictures; {method}; the axes have no unit", count=len(points), method=method)
+    width, height = figure.get_size_inches()
     figure.text(MARGIN / width, MARGIN / height, note, fontsize=style.SMALL, color=style.MUTED)
     return figure
 
@@ -103,7 +102,7 @@ def _write_names(
     box: dict[str, Any] = {"boxstyle": "square,pad=0.2", "linewidth": 0.7, "facecolor": (1, 1, 1, 0.85)}
     for name, number, median, center in zip(names, numbers, medians, _places(medians, sizes, side), strict=True):
         (x, y), (median_x, median_y) = center, median
-        if math.dist(center, median) > LINE:
+        if math.dist(center, median) > style.LINE:
             line = {"color": style.INK, "linewidth": 0.6, "marker": "o", "markersize": 2.5, "markevery": [0]}
             axes.plot([median_x, x], [median_y, y], zorder=3, **line)
         edge = {"edgecolor": class_style(number)[0]}

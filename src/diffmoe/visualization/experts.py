@@ -30,7 +30,16 @@ from diffmoe.evaluation.experts import (
 from diffmoe.evaluation.history import load_history
 from diffmoe.visualization import style
 from diffmoe.visualization.language import say
-from diffmoe.visualization.marks import block_name, expert_axis, expert_legend, ink_on, label_edges, no_axes, panels
+from diffmoe.visualization.marks import (
+    block_name,
+    expert_axis,
+    expert_legend,
+    ink_on,
+    label_edges,
+    no_axes,
+    panels,
+    show_picture,
+)
 from diffmoe.visualization.patches import favourite_sheet, on_grid, patch_size, routing_picture, tile_step
 from diffmoe.visualization.style import expert_color, styled
 
@@ -56,8 +65,7 @@ def routing_map(image: Tensor, blocks: Sequence[BlockRouting], layer: int | None
     side = 2.1 if layer is None else 3.4
     names = [say("picture"), *(block_name(block.place, block.layer) for block in shown)]
     figure, (picture, *maps) = panels(names, side, side + 0.3, columns=4, below=0.55)
-    picture.imshow(image.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    no_axes(picture)
+    show_picture(picture, image)
     for axes, block in zip(maps, shown, strict=True):
         _show_routing(axes, image, block, numbered=layer is not None)
     is_top_1 = shown[0].top_k == 1

@@ -13,6 +13,7 @@ from matplotlib.axis import Axis
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from torch import Tensor
 
 from diffmoe.visualization import style
 from diffmoe.visualization.language import say
@@ -47,6 +48,18 @@ def panels(titles: list[str], width: float, height: float, columns: int, below: 
     for panel, title in zip(axes, titles, strict=True):
         panel.set_title(title)
     return figure, axes
+
+
+def axes_at(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
+    """Axes at a place in inches, from the figure's left and top."""
+    across, down = figure.get_size_inches()
+    return figure.add_axes((left / across, 1 - (top + height) / down, width / across, height / down))
+
+
+def show_picture(axes: Axes, image: Tensor) -> None:
+    """A picture (1 or 3, H, W) uint8, pixel by pixel, with nothing around it."""
+    axes.imshow(image.permute(1, 2, 0).cpu().numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    no_axes(axes)
 
 
 def label_edges(axes: Sequence[Axes]) -> None:

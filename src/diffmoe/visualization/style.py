@@ -47,6 +47,8 @@ HINTING = 1.08
 """Drawn text over its exact width, at most: at 72 dots an inch letters are moved to whole dots."""
 LINE_HEIGHT = 1.4
 """A line over the font size, at most: with accents on capitals."""
+LINE = SMALL * LINE_HEIGHT / 72
+"""A line of small text, in inches."""
 
 BASE_FONT = "DejaVu Sans"
 """Comes with matplotlib, so figures are the same on every machine; has the marks RIGHT and WRONG."""

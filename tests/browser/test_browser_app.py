@@ -76,8 +76,6 @@ def test_a_picture_from_upload_to_maps(page: Page, picture: str, answers: Answer
         expect(page.locator("#classes")).to_contain_text(re.compile(rf"{name}\s*{probability:.0%}"))
 
     tab(page, "Experts")
-    changed(page.locator("#routing img"), None)
-    page.wait_for_timeout(3000)  # the map may be drawn twice, for the upload and for the tab: until the last is there
     all_blocks = changed(page.locator("#routing img"), None)
     page.locator("#block input[type=range]").focus()
     page.keyboard.press("ArrowRight")

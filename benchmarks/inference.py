@@ -88,7 +88,7 @@ class Prediction:
     def __call__(self, images: Tensor) -> Tensor:
         """(B, C, size, size) -> logits (B, classes)."""
         with torch.inference_mode(), float32_products(self.mode), autocast(self.mode, self.device):
-            return self.model(images, classes=self.classes)["logits"]
+            return self.model(images, classes=self.classes, need_losses=False)["logits"]
 
 
 def compare_generation(preset: str, args: argparse.Namespace) -> list[Row]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffmoe.model import dispatch, moe
-from diffmoe.model.dispatch import BACKENDS, ExpertWeights, sorted_experts, why_not
+from diffmoe.model.dispatch import BACKENDS, ExpertWeights, padded_experts, sorted_experts, why_not
 from diffmoe.model.moe import AttentiveRouter, GeneralExperts, Routing
 
 WIDTH = 6
@@ -190,6 +190,8 @@ def dispatches(draw: st.DrawFn) -> tuple[int, int, int, list[int], bool, int]:
 @example(case=(7, 4, 1, [2], False, 0))  # all tokens to one expert, three empty
 @example(case=(1, 4, 2, [3, 0], False, 0))  # one token
 @example(case=(5, 3, 3, [0, 1, 2], True, 0))  # every expert, some padding
+@example(case=(40, 4, 1, [2], False, 0))  # the same, so many that padding all experts would not pay
+@example(case=(40, 5, 2, [1, 3], True, 0))  # two experts, some padding
 @example(case=(70, 2, 2, [0, 1], True, 0))  # enough slots for rows rounded up to a multiple of 8
 def test_dispatch_is_the_gated_sum_with_all_its_gradients(
     name: str, case: tuple[int, int, int, list[int], bool, int]
@@ -213,6 +215,15 @@ def test_dispatch_is_the_gated_sum_with_all_its_gradients(
     grads = torch.autograd.grad((y * probe).sum(), inputs, materialize_grads=True)  # padding alone uses no weight
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(grad, expected_grad)
+
+
+@pytest.mark.parametrize("others", [[0] * 40, [0, 3] * 20, list(range(8)) * 5])
+def test_a_tokens_bits_do_not_depend_on_where_others_go(others: list[int]) -> None:
+    # 8 tokens to experts of their own, alone and beside 40 others: all to one expert, to two, to all eight.
+    weights, x = weights_of(GeneralExperts(32, 8, 1)), torch.randn(48, 32)
+    ids = torch.tensor([*range(8), *others])[:, None]
+    alone, beside = (padded_experts(x[:n], ids[:n], torch.ones(n, 1), weights, "gelu", 0.0) for n in (8, 48))
+    assert torch.equal(alone, beside[:8])
 
 
 @pytest.mark.parametrize("name", EXACT)

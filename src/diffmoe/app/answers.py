@@ -48,7 +48,7 @@ class Answers:
         if not isinstance(used.model, ImageClassifier):
             raise UserError(say("This model has no classes: it writes captions."))
         with torch.inference_mode():
-            logits = used.model(used.prepare(pixels[None]), classes=used.classes)["logits"]
+            logits = used.model(used.prepare(pixels[None]), classes=used.classes, need_losses=False)["logits"]
         return dict(zip(used.info.class_names, logits[0].float().softmax(-1).tolist(), strict=True))
 
     def zero_shot(self, picture: str | None, labels: str, model: str | None) -> dict[str, float]:

@@ -111,7 +111,7 @@ def _in_order(split: Split, info: DataInfo, device: torch.device, num_workers: i
 def _predict(model: ImageClassifier, batches: Batches) -> evaluation.Predictions:
     with evaluation.evaluating(model), torch.inference_mode():
         classes = model.class_features()
-    return evaluation.predict(model, batches.epoch(), classes=classes)
+    return evaluation.predict(model, batches.epoch(), classes=classes, need_losses=False)
 
 
 def _validate(model: ImageClassifier, batches: Batches) -> Metrics:

@@ -62,7 +62,8 @@ def _classify(
     with torch.inference_mode():
         classes = used.classes
         chunks = [
-            model(used.prepare(part), classes=classes)["logits"].float() for part in pictures.split(EVALUATION_BATCH)
+            model(used.prepare(part), classes=classes, need_losses=False)["logits"].float()
+            for part in pictures.split(EVALUATION_BATCH)
         ]
         probabilities = torch.cat(chunks).softmax(-1).cpu()
         if text is None:

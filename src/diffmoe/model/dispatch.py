@@ -10,7 +10,8 @@ P rows of the sorted buffer (the slots, ordered by expert, and padding between e
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,10 +25,15 @@ FEW_SLOTS = 256
 MIN_ROWS = 16
 """An expert's rows are padded to a multiple of this: products of fewer rows take other kernels, which round otherwise,
 and then a token's output would depend, in its last bits, on how many others its expert was given."""
+START_ROWS = 32
+"""Running an expert by itself costs as much beside its rows as so many rows do, by measurement on a CPU."""
 
 
 class ExpertWeights(NamedTuple):
-    """The stacked parameters of E experts: LayerNorm gain and shift (E, D), then the two Linear layers."""
+    """The stacked parameters of E experts: LayerNorm gain and shift (E, D), then the two Linear layers.
+
+    Or those of one expert, without the first axis.
+    """
 
     gain: Tensor
     shift: Tensor
@@ -222,30 +228,70 @@ class _RunExperts(torch.autograd.Function):
         return grad_x_PD, None, None, None, *grad_weights
 
 
-def _parts(rows: list[int], weights: Any) -> list[tuple[slice, tuple[Tensor, ...]]]:
-    """The rows and the weights of each expert that has rows."""
-    ends = list(itertools.accumulate(rows[:-1]))
-    experts = zip(*(weight.unbind(0) for weight in weights), strict=True)
-    return [(slice(end - n, end), expert) for n, end, expert in zip(rows, ends, experts, strict=False) if n]
+def _parts(rows: list[int], weights: Sequence[Tensor]) -> list[tuple[slice, ExpertWeights]]:
+    """The rows and the weights of each expert that has rows; counts after those of the E experts are left out."""
+    used = [number for number, count in enumerate(rows[: len(weights[0])]) if count]
+    ends = list(itertools.accumulate(rows))
+    return [(slice(ends[n] - rows[n], ends[n]), ExpertWeights(*(stack[n] for stack in weights))) for n in used]
 
 
 def padded_experts(
     x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, weights: ExpertWeights, activation: str, dropout: float
 ) -> Tensor:
-    """Pad every expert to the fullest one and run them all in one batched product: a handful of tokens."""
-    num_experts = weights.gain.shape[0]
-    ids_S = expert_ids_TK.flatten()
-    in_expert_SE = F.one_hot(ids_S, num_experts + 1)[:, :num_experts]
-    rank_S = (in_expert_SE.cumsum(0) * in_expert_SE).sum(-1) - 1  # a slot's place in its expert's queue; -1 nowhere
-    fullest = int(in_expert_SE.sum(0).max())
-    capacity = -(-fullest // MIN_ROWS) * MIN_ROWS
-    real_S = rank_S >= 0
-    cell_S = (ids_S * capacity + rank_S).masked_fill(~real_S, num_experts * capacity)  # nowhere: one cell past the end
-    x_SD = x_TD.repeat_interleave(expert_ids_TK.shape[1], 0)
-    x_ECD = x_TD.new_zeros(num_experts * capacity + 1, x_TD.shape[1]).index_copy(0, cell_S, x_SD)
-    y_ECD = _all_experts(x_ECD[:-1].unflatten(0, (num_experts, capacity)), weights, activation, dropout)
-    y_cells = F.pad(y_ECD.flatten(0, 1), (0, 0, 0, 1))
-    return _weighted_sum(y_cells.index_select(0, cell_S).unflatten(0, expert_ids_TK.shape), gates_TK)
+    """Pad all experts to the fullest one and run them in one batched product: a handful of tokens.
+
+    Where that would be padding for the most part, as when all tokens go to one expert, each expert runs by itself.
+    """
+    num_tokens, width = x_TD.shape
+    if not num_tokens:
+        return x_TD.clone()
+    source_P, slot_TK, (*rows, nowhere) = _place_slots(expert_ids_TK, len(weights.gain))
+    x_PD = x_TD.index_select(0, source_P)
+    if len(set(rows)) == 1:
+        y_PD = _all_experts(x_PD.view(len(rows), -1, width), weights, activation, dropout).flatten(0, 1)
+    else:
+        # Two halves of an expert's rows: a batched product again, which rounds as that of all experts does.
+        parts = [(x_PD[part].view(2, -1, width), expert) for part, expert in _parts(rows, weights)]
+        y_PD = torch.cat([_all_experts(*part, activation, dropout).flatten(0, 1) for part in parts])
+    if nowhere:
+        y_PD = F.pad(y_PD, (0, 0, 0, nowhere))
+    y_TKD = y_PD.index_select(0, slot_TK.flatten()).view(*slot_TK.shape, width)
+    return (y_TKD * gates_TK[..., None]).sum(1)
+
+
+def _place_slots(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, list[int]]:
+    """As `_sort_slots`, but those that go nowhere share one row, the last, which has no source.
+
+    In Python: for a handful of slots that is faster than a dozen operations on tensors.
+    """
+    ids = expert_ids_TK.flatten().tolist()  # the one synchronisation with the device
+    counts = [0] * (num_experts + 1)
+    for expert in ids:
+        counts[expert] += 1
+    nowhere = counts.pop() > 0
+    rows = few_rows(counts)
+    free = list(itertools.accumulate(rows, initial=0))  # each expert's next row, and the one after all of them
+    source, slots = [0] * free[-1], []
+    for number, expert in enumerate(ids):
+        slots.append(free[expert])
+        if expert < num_experts:
+            source[free[expert]] = number // expert_ids_TK.shape[1]
+            free[expert] += 1
+    # Through an array: torch.tensor takes ten times as long with a list.
+    source_P, slot_S = (torch.frombuffer(array("q", ints), dtype=torch.int64) for ints in (source, slots))
+    device = expert_ids_TK.device
+    return source_P.to(device), slot_S.to(device).view_as(expert_ids_TK), [*rows, int(nowhere)]
+
+
+def few_rows(counts: list[int]) -> list[int]:
+    """Slots of each expert -> its rows in `padded_experts`.
+
+    Equally many for all, or, where that costs more, a multiple of twice MIN_ROWS of its own for each expert in use.
+    """
+    equal = -(-max(*counts, 1) // MIN_ROWS) * MIN_ROWS
+    own = [-(-count // (2 * MIN_ROWS)) * 2 * MIN_ROWS for count in counts]
+    cost = sum(own) + START_ROWS * (len(counts) - counts.count(0))
+    return own if 0 < cost < equal * len(counts) else [equal] * len(counts)
 
 
 def masked_experts(
@@ -262,14 +308,19 @@ def masked_experts(
 
 
 def _all_experts(x_ECD: Tensor, weights: ExpertWeights, activation: str, dropout: float) -> Tensor:
-    """Each expert on its own C rows, in batched products: (E, C, D) -> (E, C, D)."""
-    hidden_ECF = torch.addcmul(weights.shift[:, None], x_ECD, weights.gain[:, None])
-    hidden_ECF = torch.baddbmm(weights.fc1_bias[:, None], hidden_ECF, weights.fc1_weight.mT)
-    hidden_ECF = ACTIVATIONS[activation](hidden_ECF)
+    """Each expert on its own C rows, in batched products: (E, C, D) -> (E, C, D); or one expert's weights on them all.
+
+    Weights times rows, not rows times weights: for few rows a CPU takes two thirds of the time that way around.
+    """
+    gain, shift, fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights
+    batch = len(x_ECD)
+    x_ECD = torch.addcmul(shift.unsqueeze(-2), x_ECD, gain.unsqueeze(-2))
+    hidden_EFC = torch.bmm(fc1_weight.expand(batch, -1, -1), x_ECD.mT).add_(fc1_bias.unsqueeze(-1))
+    hidden_EFC = ACTIVATIONS[activation](hidden_EFC)
     if dropout > 0:
-        hidden_ECF = F.dropout(hidden_ECF, dropout)
-    y_ECD = torch.baddbmm(weights.fc2_bias[:, None], hidden_ECF, weights.fc2_weight.mT)
-    return F.dropout(y_ECD, dropout) if dropout > 0 else y_ECD
+        hidden_EFC = F.dropout(hidden_EFC, dropout)
+    y_EDC = torch.bmm(fc2_weight.expand(batch, -1, -1), hidden_EFC).add_(fc2_bias.unsqueeze(-1))
+    return F.dropout(y_EDC, dropout).mT if dropout > 0 else y_EDC.mT
 
 
 def _weighted_sum(y_TKD: Tensor, gates_TK: Tensor) -> Tensor:

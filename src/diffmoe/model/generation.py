@@ -160,9 +160,8 @@ def _one_by_one(
     totals = torch.zeros(len(columns), device=columns.device)
     going = torch.ones_like(totals, dtype=torch.bool)
     for t in range(best.max_tokens):
-        log_probs = decoder.step(columns)
-        allowed = constrain(log_probs.clone(), columns, best.end, best.max_tokens, config)
-        column = allowed.argmax(1) if uniform_BL is None else draw(allowed, uniform_BL[pictures, t], config)
+        log_probs = constrain(decoder.step(columns), columns, best.end, best.max_tokens, config)
+        column = log_probs.max(1).indices if uniform_BL is None else draw(log_probs, uniform_BL[pictures, t], config)
         totals = totals + log_probs.gather(1, column[:, None]).squeeze(1)
         ended = going & (column == best.end)
         best.offer(pictures[ended], columns[ended], totals[ended])

@@ -80,6 +80,7 @@ class ImageClassifier(nn.Module):
         labels: Tensor | None = None,
         classes: TextFeatures | None = None,
         need_weights: bool = False,
+        need_losses: bool = True,
     ) -> dict[str, Any]:
         """Classify.
 
@@ -88,6 +89,7 @@ class ImageClassifier(nn.Module):
             labels: (B,) int64, for the contrastive and alignment losses; they never reach the logits.
             classes: what `class_features` returned; None computes it.
             need_weights: also return the attention maps.
+            need_losses: also return `router_loss` and its parts; a prediction needs none.
 
         Returns:
             What `MultiModalMoE` returns, with logits (B, C) and, where there are descriptions, zero_shot_logits
@@ -99,7 +101,7 @@ class ImageClassifier(nn.Module):
         if self.reads_descriptions and classes is not None:
             context = classes.pooled.expand(len(images), -1, -1)
             fused = self.backbone.fuse(image.features, context, need_weights=need_weights)
-        out = self.backbone.assemble(image, classes, fused, text_of_image=labels)
+        out = self.backbone.assemble(image, classes, fused, text_of_image=labels, need_losses=need_losses)
         out["logits"] = self.head(out["embedding"])
         if classes is not None:
             out["zero_shot_logits"] = self.backbone.scale * image.embedding @ classes.embedding.T

@@ -6,7 +6,10 @@ token axes.
 
 from __future__ import annotations
 
+import math
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -28,14 +31,18 @@ class Routing:
     """(..., K) float32 weights of the chosen experts; 0 at padding."""
     expert_ids: Tensor
     """(..., K) int64, best first; E (no expert) at padding."""
-    tokens_per_expert: Tensor
-    """(E,) int64, routed slots that each expert received; padding is not counted."""
     mask: Tensor | None = None
     """(...) bool, True at real tokens; None when all are real."""
     place: str = ""
     """Where the block sits: image, text or fusion."""
     layer: int = 0
     """Its number there, from 0."""
+
+    @cached_property
+    def tokens_per_expert(self) -> Tensor:
+        """(E,) int64, routed slots that each expert received; padding is not counted."""
+        num_experts = self.probs.shape[-1]
+        return torch.bincount(self.expert_ids.flatten(), minlength=num_experts + 1)[:num_experts]
 
 
 class AttentiveRouter(nn.Module):
@@ -82,7 +89,8 @@ class AttentiveRouter(nn.Module):
             x: (..., D) normalised tokens.
             mask: (...), True or 1 at real tokens; padding is sent to no expert.
         """
-        with torch.autocast(x.device.type, enabled=False):
+        device = x.device.type
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             x = x.to(torch.promote_types(x.dtype, torch.float32))
             # (x Wq) keys' = x (keys Wq)': the queries themselves are never needed, and E rows are fewer than theirs.
             scorer = self.keys.to(x) @ self.query.weight.to(x) * self.keys.shape[1] ** -0.5
@@ -94,18 +102,16 @@ class AttentiveRouter(nn.Module):
         return self.choose(logits, probs, mask)
 
     def choose(self, logits: Tensor, probs: Tensor, mask: Tensor | None) -> Routing:
-        """Top-k of the probabilities, their gates and the load."""
-        num_experts = probs.shape[-1]
+        """Top-k of the probabilities, and their gates."""
         expert_ids = (probs + self.balance_bias).topk(self.top_k, dim=-1).indices
         gates = probs.gather(-1, expert_ids)
         if self.top_k > 1:
             gates = gates / gates.sum(-1, keepdim=True)
         if mask is not None:
             mask = mask.bool()
-            expert_ids = expert_ids.masked_fill(~mask[..., None], num_experts)
+            expert_ids = expert_ids.masked_fill(~mask[..., None], probs.shape[-1])
             gates = gates * mask[..., None]
-        tokens_per_expert = torch.bincount(expert_ids.flatten(), minlength=num_experts + 1)[:num_experts]
-        return Routing(logits, probs, gates, expert_ids, tokens_per_expert, mask)
+        return Routing(logits, probs, gates, expert_ids, mask)
 
     @torch.no_grad()
     def update_balance_bias(self, tokens_per_expert: Tensor, rate: float) -> None:
@@ -197,7 +203,7 @@ class GeneralExperts(nn.Module):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TD.dtype
         x_TD, gates_TK = x_TD.to(dtype), gates_TK.to(dtype)
         stacks = (self.gain, self.shift, self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias)
-        weights = ExpertWeights(*(stack.to(dtype) for stack in stacks))
+        weights = ExpertWeights(*(stacks if self.gain.dtype == dtype else (stack.to(dtype) for stack in stacks)))
         if not torch.compiler.is_compiling():
             _check_gates(expert_ids_TK, gates_TK, len(x_TD))
         name = choose_backend(x_TD, expert_ids_TK.numel(), weights) if self.backend == "auto" else self.backend
@@ -214,5 +220,5 @@ def _check_gates(expert_ids_TK: Tensor, gates_TK: Tensor, num_tokens: int) -> No
             f"expert_ids of shape {tuple(expert_ids_TK.shape)} and gates of shape {tuple(gates_TK.shape)} "
             f"do not fit {num_tokens} tokens: both must be (tokens, K)"
         )
-    if gates_TK.device.type == "cpu" and not gates_TK.isfinite().all():
+    if gates_TK.device.type == "cpu" and not math.isfinite(gates_TK.detach().sum(dtype=torch.float32).item()):
         raise FloatingPointError("the router's gates are not finite: training diverged, or the input has nan or inf")

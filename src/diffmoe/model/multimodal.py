@@ -195,8 +195,9 @@ class MultiModalMoE(nn.Module):
         fused: Encoded | None = None,
         text_of_image: Tensor | None = None,
         paired: bool = False,
+        need_losses: bool = True,
     ) -> dict[str, Any]:
-        """The output of `forward` from its parts, with the losses.
+        """The output of `forward` from its parts, with the losses unless `need_losses` is False.
 
         `text_of_image` (B,) int64, the row of `text` that describes each picture, enters the two cross-modal losses
         and nothing else; None leaves them at 0. `paired` instead: text b is picture b's own, and in training a picture
@@ -205,6 +206,26 @@ class MultiModalMoE(nn.Module):
         text_routing, text_attention = (text.routing, text.attention) if text else ((), ())
         fused_routing, fused_attention = (fused.routing, fused.attention) if fused else ((), ())
         routing = image.routing + text_routing + fused_routing
+        out = self._losses(routing, image, text, text_of_image, paired) if need_losses else {}
+        if self.training and self.config.balance_bias_rate > 0:
+            self._move_balance_biases(routing)
+        out["embedding"] = fused.features.mean(1) if fused else image.pooled
+        out["image_features"] = image.features
+        out["text_features"] = text.features if text else None
+        out["fused_features"] = fused.features if fused else None
+        out["routing"] = routing
+        out["attention"] = image.attention + text_attention + fused_attention
+        return out
+
+    def _losses(
+        self,
+        routing: tuple[Routing, ...],
+        image: ImageFeatures,
+        text: TextFeatures | None,
+        text_of_image: Tensor | None,
+        paired: bool,
+    ) -> dict[str, Any]:
+        """`router_loss` and its parts; the arguments are `assemble`'s."""
         out = self._routing_losses(routing, image.features)
         alignment = contrastive = image.features.new_zeros(())
         if text is not None and paired:
@@ -216,20 +237,12 @@ class MultiModalMoE(nn.Module):
                 image.embedding, text.embedding, text.first[text_of_image], self.scale, _is_first(text.first)
             )
         config = self.config
-        if self.training and config.balance_bias_rate > 0:
-            self._move_balance_biases(routing)
         out["cross_modal_loss"], out["contrastive_loss"] = alignment, contrastive
         out["router_loss"] = (
             out["router_loss"]
             + config.cross_modal_alignment_weight * alignment
             + config.contrastive_loss_weight * contrastive
         )
-        out["embedding"] = fused.features.mean(1) if fused else image.pooled
-        out["image_features"] = image.features
-        out["text_features"] = text.features if text else None
-        out["fused_features"] = fused.features if fused else None
-        out["routing"] = routing
-        out["attention"] = image.attention + text_attention + fused_attention
         return out
 
     def _contrast_pairs(self, image: ImageFeatures, text: TextFeatures) -> Tensor:

@@ -157,15 +157,15 @@ def _add_expert(counter: _Counter, part: Part, rows: int, hidden: int) -> None:
 
 
 def _add_dispatch(counter: _Counter, part: Part, tokens: int, hidden: int) -> None:
-    """What the backends that are not `sorted` do by products."""
+    """What the backends `masked` and `grouped` do by products."""
     config, backend = counter.config, counter.work.backends[part.place]
     width, experts, slots = config.embed_dim, config.num_general_experts, config.top_k * tokens
-    if backend in ("padded", "grouped"):
-        counter.add(part, product(slots, 1, width), repeated=True)  # a token's experts, weighted and added
     if backend == "masked":
         counter.add(part, product(tokens * experts, 1, width), repeated=True)
         counter.add(part, product(slots, 1, experts), gradients=1, repeated=True)  # each gate to its expert's column
-    if backend == "grouped":  # each row's own gain, shift and biases
+    if backend == "grouped":
+        counter.add(part, product(slots, 1, width), repeated=True)  # a token's experts, weighted and added
+        # Each row's own gain, shift and biases.
         counter.add(part, product(slots, experts, 3 * width + hidden), gradients=1, repeated=True)
 
 

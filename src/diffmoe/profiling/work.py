@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffmoe.model.captioner import ROWS_MULTIPLE, Captioner
-from diffmoe.model.dispatch import MIN_ROWS, ExpertWeights, choose_backend, row_multiple
+from diffmoe.model.dispatch import ExpertWeights, choose_backend, few_rows, row_multiple
 from diffmoe.model.encoders import UnifiedModalEncoder
 from diffmoe.model.heads import ImageClassifier
 from diffmoe.model.moe import GeneralExperts, Routing
@@ -123,6 +123,6 @@ def _padding_rows(routing: Routing, backend: str) -> int:
     if backend == "masked":
         return len(counts) * (slots // routing.expert_ids.shape[-1]) - routed
     if backend == "padded":
-        return len(counts) * (-(-int(counts.max()) // MIN_ROWS) * MIN_ROWS) - routed
+        return sum(few_rows(counts.tolist())) - routed
     multiple = row_multiple(slots, len(counts))
     return int((-(-counts // multiple) * multiple).sum()) - routed

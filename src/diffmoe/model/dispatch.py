@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -183,14 +183,14 @@ class _RunExperts(torch.autograd.Function):
         hidden_PF = x_PD.new_empty(len(x_PD), weights[3].shape[1])
         active_PF = torch.empty_like(hidden_PF)
         y_PD = torch.empty_like(x_PD)
-        for part, expert in _parts(rows, weights):
-            gain, shift, fc1_weight, fc1_bias, fc2_weight, fc2_bias = expert
-            x = torch.addcmul(shift, x_PD[part], gain)
-            torch.addmm(fc1_bias, x, fc1_weight.T, out=hidden_PF[part])
-            active = ACTIVATIONS_OUT[activation](hidden_PF[part], out=active_PF[part])
-            if scale_PF is not None:
-                active.mul_(scale_PF[part])
-            torch.addmm(fc2_bias, active, fc2_weight.T, out=y_PD[part])
+        for expert, (x, hidden, active, scale, y) in _by_expert(
+            rows, weights, x_PD, hidden_PF, active_PF, scale_PF, y_PD
+        ):
+            torch.addmm(expert.fc1_bias, torch.addcmul(expert.shift, x, expert.gain), expert.fc1_weight.T, out=hidden)
+            ACTIVATIONS_OUT[activation](hidden, out=active)
+            if scale is not None:
+                active.mul_(scale)
+            torch.addmm(expert.fc2_bias, active, expert.fc2_weight.T, out=y)
         y_PD[sum(rows[:-1]) :].zero_()
         ctx.save_for_backward(x_PD, hidden_PF, active_PF, scale_PF, *weights)
         ctx.rows, ctx.activation = rows, activation
@@ -206,33 +206,34 @@ class _RunExperts(torch.autograd.Function):
             if not count:
                 for grad in grad_weights:
                     grad[number].zero_()
-        for (part, expert), (_, grad_expert) in zip(
-            _parts(ctx.rows, weights), _parts(ctx.rows, grad_weights), strict=True
+        buffers = (x_PD, hidden_PF, active_PF, scale_PF, grads[0], grad_x_PD)
+        for (expert, (x, hidden, active, scale, grad_y, grad_x)), (grad, _) in zip(
+            _by_expert(ctx.rows, weights, *buffers), _by_expert(ctx.rows, grad_weights), strict=True
         ):
-            gain, shift, fc1_weight, _, fc2_weight, _ = expert
-            grad_gain, grad_shift, grad_fc1_weight, grad_fc1_bias, grad_fc2_weight, grad_fc2_bias = grad_expert
-            grad_y = grads[0][part]
-            torch.mm(grad_y.T, active_PF[part], out=grad_fc2_weight)
-            torch.sum(grad_y, 0, out=grad_fc2_bias)
-            grad_hidden = grad_y @ fc2_weight
-            if scale_PF is not None:
-                grad_hidden.mul_(scale_PF[part])
-            grad_hidden = ACTIVATION_GRADS[ctx.activation](grad_hidden, hidden_PF[part])
-            x = torch.addcmul(shift, x_PD[part], gain)
-            torch.mm(grad_hidden.T, x, out=grad_fc1_weight)
-            torch.sum(grad_hidden, 0, out=grad_fc1_bias)
-            grad_x = grad_hidden @ fc1_weight
-            torch.sum(grad_x, 0, out=grad_shift)
-            torch.sum(grad_x * x_PD[part], 0, out=grad_gain)
-            torch.mul(grad_x, gain, out=grad_x_PD[part])
+            torch.mm(grad_y.T, active, out=grad.fc2_weight)
+            torch.sum(grad_y, 0, out=grad.fc2_bias)
+            grad_hidden = grad_y @ expert.fc2_weight
+            if scale is not None:
+                grad_hidden.mul_(scale)
+            grad_hidden = ACTIVATION_GRADS[ctx.activation](grad_hidden, hidden)
+            torch.mm(grad_hidden.T, torch.addcmul(expert.shift, x, expert.gain), out=grad.fc1_weight)
+            torch.sum(grad_hidden, 0, out=grad.fc1_bias)
+            grad_normed = grad_hidden @ expert.fc1_weight
+            torch.sum(grad_normed, 0, out=grad.shift)
+            torch.sum(grad_normed * x, 0, out=grad.gain)
+            torch.mul(grad_normed, expert.gain, out=grad_x)
         return grad_x_PD, None, None, None, *grad_weights
 
 
-def _parts(rows: list[int], weights: Sequence[Tensor]) -> list[tuple[slice, ExpertWeights]]:
-    """The rows and the weights of each expert that has rows; counts after those of the E experts are left out."""
-    used = [number for number, count in enumerate(rows[: len(weights[0])]) if count]
-    ends = list(itertools.accumulate(rows))
-    return [(slice(ends[n] - rows[n], ends[n]), ExpertWeights(*(stack[n] for stack in weights))) for n in used]
+def _by_expert(
+    rows: list[int], weights: Iterable[Tensor], *buffers_PX: Tensor | None
+) -> list[tuple[ExpertWeights, list[Any]]]:
+    """For each expert that has rows, its weights and its rows of each buffer; `rows` may go on after the experts'."""
+    experts = zip(*(stack.unbind(0) for stack in weights), strict=True)
+    parts = [itertools.repeat(None) if buffer is None else buffer.split(rows) for buffer in buffers_PX]
+    return [
+        (ExpertWeights(*expert), part) for count, expert, *part in zip(rows, experts, *parts, strict=False) if count
+    ]
 
 
 def padded_experts(
@@ -251,8 +252,8 @@ def padded_experts(
         y_PD = _all_experts(x_PD.view(len(rows), -1, width), weights, activation, dropout).flatten(0, 1)
     else:
         # Two halves of an expert's rows: a batched product again, which rounds as that of all experts does.
-        parts = [(x_PD[part].view(2, -1, width), expert) for part, expert in _parts(rows, weights)]
-        y_PD = torch.cat([_all_experts(*part, activation, dropout).flatten(0, 1) for part in parts])
+        halves = [(x.view(2, -1, width), expert) for expert, (x,) in _by_expert(rows, weights, x_PD)]
+        y_PD = torch.cat([_all_experts(*half, activation, dropout).flatten(0, 1) for half in halves])
     if nowhere:
         y_PD = F.pad(y_PD, (0, 0, 0, nowhere))
     y_TKD = y_PD.index_select(0, slot_TK.flatten()).view(*slot_TK.shape, width)

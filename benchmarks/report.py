@@ -26,7 +26,7 @@ SUITE = (
     "block.py --embed_dim 128 256 --rounds 5 --steps 2",
     "train_step.py --presets tiny --rounds 5 --steps 3 --embed_dim 64 128 192 --baseline --memory",
     "train_step.py --presets small --rounds 3 --steps 1 --embed_dim 192 --top_k 1 --memory",
-    "inference.py --rounds 50 --batch_size 1 8 --generation --generation_batch 16 --generation_rounds 2",
+    "inference.py --rounds 50 --batch_size 1 8 --generation --generation_rounds 3",
     "data.py --pictures 4000 --epochs 3",
 )
 """Commands, without `python benchmarks/`; sizes that take some minutes together on 2 cores."""

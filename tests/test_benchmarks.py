@@ -284,7 +284,7 @@ def test_the_peak_is_what_is_held_at_once() -> None:
 
 LAYER = ["--embed_dim", "16", "--num_experts", "4", "8", "--tokens", "32", "--seq_len", "8", "--skew", "--peers"]
 STEP = ["--presets", "tiny", "--embed_dim", "32", "--top_k", "2", "--batch_size", "4", "--memory", "--profile"]
-INFERENCE = ["--presets", "tiny", "--batch_size", "1", "3", "--generation", "--generation_batch", "2"]
+INFERENCE = ["--presets", "tiny", "--batch_size", "1", "3", "--generation", "--generation_batch", "2", "--alone", "1"]
 COMPARED = {"contender", "ms", "over", "ratio", "goal", "reached"}
 
 
@@ -384,7 +384,7 @@ def test_captions_are_written_to_their_full_length() -> None:
     (together,) = inference.Generation(model, args)(images)
     assert together.shape == (3, 12)
     assert (together != 0).all()  # no padding: none ended before
-    assert torch.equal(torch.cat(inference.Generation(model, args, one_by_one=True)(images)), together)
+    assert torch.equal(torch.cat(inference.Generation(model, args, alone=3)(images)), together)
     assert torch.equal(inference.Generation(model, args, use_cache=False)(images)[0], together)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffmoe.model.layers import Attention, Expert, PatchEmbed
+from diffmoe.model.layers import Attention, ConvNorm, Expert, PatchEmbed
 
 WIDTH, HEADS, EPS = 8, 2, 1e-3
 M = TypeVar("M", bound=nn.Module)
@@ -164,3 +164,17 @@ def test_asking_for_the_weights_changes_no_output(kernel: str, causal: bool) -> 
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, HEADS, 5, dtype=torch.float64))
     seen = MASK[:, None, None].expand(2, HEADS, 5, 5)
     assert torch.equal(weights > 0, seen.tril() if causal else seen)
+
+
+def test_a_norm_folded_into_its_convolution_changes_nothing() -> None:
+    layer = ConvNorm(3, 5).double()
+    images = randn(4, 3, 6, 6)
+    with torch.no_grad():
+        for parameter in layer[1].parameters():
+            parameter.normal_()
+    for _ in range(3):
+        layer(2 * images + 1)  # in training: running mean and variance move
+    layer.eval()
+    expected = layer[2](layer[1](layer[0](images)))
+    assert 0 < (expected == 0).sum() < expected.numel()  # some below 0, for the ReLU
+    torch.testing.assert_close(layer(images), expected)

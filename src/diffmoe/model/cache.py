@@ -24,9 +24,10 @@ class KeyValues:
         start, self.length = self.length, self.length + keys.shape[2]
         if self._stored is None:
             self._stored = keys.new_empty(2, *keys.shape[:2], self.max_len, keys.shape[3])
-        self._stored[0, :, :, start : self.length] = keys
-        self._stored[1, :, :, start : self.length] = values
-        return self._stored[0, :, :, : self.length], self._stored[1, :, :, : self.length]
+        all_keys, all_values = self._stored.narrow(3, 0, self.length).unbind(0)
+        all_keys.narrow(2, start, keys.shape[2]).copy_(keys)
+        all_values.narrow(2, start, keys.shape[2]).copy_(values)
+        return all_keys, all_values
 
     def select(self, rows: Tensor) -> None:
         """Row r becomes what row `rows[r]` was; their number may change."""

@@ -123,7 +123,8 @@ class Captioner(nn.Module):
     def logits(self, caption_features: Tensor, output_embedding: Tensor | None = None) -> Tensor:
         """(..., P) -> (..., V); the embedding of all tokens to write may be handed in, to gather it once only."""
         embedding = self.output_embedding() if output_embedding is None else output_embedding
-        return F.linear(caption_features, embedding, self.output_bias)
+        # Added in place: F.linear would begin with a copy of the bias for every row, V columns wide.
+        return F.linear(caption_features, embedding).add_(self.output_bias)
 
     def caption_loss(
         self, features: Tensor, tokens: Tensor, mask: Tensor | None = None, label_smoothing: float = 0.0

@@ -164,9 +164,11 @@ def _one_by_one(
         column = log_probs.max(1).indices if uniform_BL is None else draw(log_probs, uniform_BL[pictures, t], config)
         totals = totals + log_probs.gather(1, column[:, None]).squeeze(1)
         ended = going & (column == best.end)
-        best.offer(pictures[ended], columns[ended], totals[ended])
+        before, columns = columns, torch.cat([columns, column[:, None]], 1)
+        if not ended.any():
+            continue
+        best.offer(pictures[ended], before[ended], totals[ended])
         going = going & ~ended
-        columns = torch.cat([columns, column[:, None]], 1)
         left = going.nonzero().squeeze(1)
         if not len(left):
             return

@@ -76,7 +76,7 @@ def test_a_node_of_the_backward_pass_is_the_part_s_that_made_it(task: str) -> No
         if event.name.startswith(timing.NODE):
             assert which == "backward"
             nodes[event.name.removeprefix(timing.NODE)].add(part)
-            count[part] += event.name.endswith("AddmmBackward0")
+            count[part] += event.name.endswith(("AddmmBackward0", "MmBackward0"))
     places = {"image", "text"} | ({"fusion"} if task == "captioner" else set())
     assert nodes["_RunExpertsBackward"] == {Part(place, "routed experts") for place in places}
     assert nodes["_GatherBackward"] == nodes["_CombineBackward"] == {Part(place, "dispatch") for place in places}

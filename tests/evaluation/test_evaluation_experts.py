@@ -130,7 +130,7 @@ class TestBlockRouting:
     def test_a_certain_router_has_no_entropy(self):
         probs = torch.tensor([[[1.0, 0.0], [0.5, 0.5]]])
         ids = torch.tensor([[[0], [0]]])
-        found = BlockRouting.of(Routing(probs, probs, torch.ones(1, 2, 1), ids, torch.tensor([2, 0])))
+        found = BlockRouting.of(Routing(probs, probs, torch.ones(1, 2, 1), ids))
         assert found.entropy.tolist() == [[0, pytest.approx(math.log(2))]]
         assert found.confidence.tolist() == [[1, 0.5]]
 

@@ -87,8 +87,8 @@ def test_a_node_of_the_backward_pass_is_the_part_s_that_made_it(task: str) -> No
     )
     assert all(count[Part(place, "attention")] == 3 for place in places)  # query, key and value, out
     assert count[Part("image", "global expert")] == count[Part("image", "modality expert")] == 2
-    if task == "captioner":  # the projection before the vocabulary, and the product with it
-        assert count[Part("", "head")] == 2
+    if task == "captioner":  # picture and text for the contrast, the projection before the vocabulary, and its product
+        assert count[Part("", "head")] == 4
 
 
 def test_what_is_computed_again_is_of_the_backward_pass() -> None:

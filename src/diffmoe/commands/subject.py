@@ -119,8 +119,8 @@ class Labelled(Subject):
 
     @cached_property
     def constants(self) -> dict[str, Any]:
-        """The classes' features, so that descriptions are not read anew for each batch."""
-        return {"classes": self.used.classes}
+        """The classes' features, so that descriptions are not read anew for each batch; and no losses."""
+        return {"classes": self.used.classes, "need_losses": False}
 
     @property
     def predictions(self) -> Predictions:

@@ -118,7 +118,7 @@ class ModelConfig:
     expert_backend: Literal["auto", "sorted", "padded", "grouped", "masked"] = "auto"
     """How tokens get to their routed experts; 'auto' is the fastest by device, number format and number of tokens."""
     attention: Literal["auto", "explicit", "fused"] = "auto"
-    """Attention kernel: 'explicit' softmax, torch's 'fused' one, or 'auto', by device."""
+    """Attention kernel: 'explicit' softmax, torch's 'fused' one, or 'auto', by device and number of queries."""
     vocab_size: int = 50000
     """Rows of the text embedding; the CLIP tokenizer needs 49408."""
     max_text_len: int = 32

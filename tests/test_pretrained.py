@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffmoe.config import ModelConfig, UserError
+from diffmoe.data import hub
 from diffmoe.model.captioner import Captioner
 from diffmoe.model.encoders import UnifiedModalEncoder
 from diffmoe.model.heads import ImageClassifier
@@ -333,10 +335,10 @@ class TestOpenClip:
         assert lines[2] == "text_encoder: copied, the FFNs of 2 of 2 blocks (trained with QuickGELU: close, not equal)"
 
     def test_mistakes_are_one_line(self, open_clip: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        def no_network(**_: object) -> str:
+        def no_network(*_: object, **__: object) -> None:
             raise ConnectionError("Name or service\nnot known")
 
-        monkeypatch.setattr("open_clip.pretrained.hf_hub_download", no_network)
+        monkeypatch.setattr("huggingface_hub.HfApi.model_info", no_network)
         tags = {"far": {"hf_hub": "somebody/clip/"}}
         monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "ViT-tiny", tags)
         other = save(clip_state(vocabulary=5), tmp_path / "other.pt")
@@ -351,3 +353,22 @@ class TestOpenClip:
                 start_from(ImageClassifier(CONFIG), source)
             assert message in str(caught.value)
             assert "\n" not in str(caught.value)
+
+    def test_a_cached_tag_needs_no_network(
+        self, open_clip: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = save(open_clip.create_model("ViT-tiny").state_dict(), tmp_path / "clip.pt")
+        kept = {("somebody/clip", "open_clip_pytorch_model.bin"): path}
+        monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *asked: kept.get(asked))
+        monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "ViT-tiny", {"far": {"hf_hub": "somebody/clip/"}})
+        lines = start_from(ImageClassifier(CONFIG), "open_clip:ViT-tiny/far")
+        assert what_became(lines) == dict.fromkeys(PARTS, "copied")
+
+    def test_a_hub_that_never_answers_is_not_waited_for(self, open_clip: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        released = threading.Event()
+        monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: released.wait(30))
+        monkeypatch.setattr(hub, "PATIENCE_SECONDS", 0.1)
+        monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "ViT-tiny", {"far": {"hf_hub": "somebody/clip/"}})
+        with pytest.raises(UserError, match="no answer in"):
+            start_from(ImageClassifier(CONFIG), "open_clip:ViT-tiny/far")
+        released.set()

@@ -9,11 +9,13 @@ import pickle
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffmoe.config import UserError, nearest
+from diffmoe.data.hub import REQUEST_SECONDS, in_time
 from diffmoe.model.captioner import Captioner
 from diffmoe.model.encoders import UnifiedModalEncoder
 from diffmoe.model.heads import ImageClassifier
@@ -113,7 +115,7 @@ def _created(source: str) -> Clip:
         raise UserError(f"init is {source!r}: {name} has no tag {weights!r}, nor is that a file: it must be {known}")
     # Downloaded apart: within create_model a failure is also logged, past the caller.
     try:
-        path = open_clip.download_pretrained(tag) if tag else weights
+        path = _downloaded(tag) if tag else weights
     except Exception as error:  # anything from a lost connection to a file that has moved
         hint = f"there must be a network, or {PREFIX}{name}/<file>"
         raise UserError(f"init is {source!r}: cannot download it ({_reason(error)}): {hint}") from error
@@ -123,6 +125,22 @@ def _created(source: str) -> Clip:
         raise UserError(f"init is {source!r}: {path} cannot be read as {name} ({_reason(error)})") from error
     quick_gelu = any(isinstance(module, QuickGELU) for module in clip.modules())
     return Clip(_named(clip.state_dict()), quick_gelu)
+
+
+def _downloaded(tag: dict[str, Any]) -> str:
+    """The file of a tag: from the hub's cache where it is in it, else downloaded, from a hub that answers in time."""
+    import open_clip
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
+
+    repository, _, file = tag.get("hf_hub", "").rpartition("/")
+    if repository:
+        for name in [file] if file else [HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME]:
+            if isinstance(path := try_to_load_from_cache(repository, name), str):
+                return path
+        # The download itself tries for a minute before it gives up.
+        in_time(lambda: HfApi().model_info(repository, timeout=REQUEST_SECONDS))
+    return open_clip.download_pretrained(tag)
 
 
 def _read(source: str) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,26 +24,34 @@ def check_hub(name: str) -> None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 
+    try:
+        in_time(lambda: HfApi().dataset_info(name, timeout=REQUEST_SECONDS))
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"dataset is {name!r}: there is no such folder, and no such public set on the hub: "
+            "it must be a folder, or a hub name such as owner/name"
+        ) from error
+    except Exception as error:  # the library lets those of its HTTP client through
+        raise _unreachable(name, error) from error
+
+
+def in_time(ask: Callable[[], object]) -> None:
+    """Ask the hub something; raises what the question raises, or `TimeoutError` after `PATIENCE_SECONDS`."""
     failures: list[Exception] = []
 
-    def ask() -> None:
+    def asking() -> None:
         try:
-            HfApi().dataset_info(name, timeout=REQUEST_SECONDS)
-        except Exception as error:  # the library lets those of its HTTP client through
+            ask()
+        except Exception as error:  # for the thread that waits
             failures.append(error)
 
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(PATIENCE_SECONDS)
-    if asking.is_alive():
-        failures.append(TimeoutError(f"no answer in {PATIENCE_SECONDS} s"))
-    for error in failures:
-        if isinstance(error, RepositoryNotFoundError):
-            raise UserError(
-                f"dataset is {name!r}: there is no such folder, and no such public set on the hub: "
-                "it must be a folder, or a hub name such as owner/name"
-            ) from error
-        raise _unreachable(name, error) from error
+    thread = threading.Thread(target=asking, daemon=True)
+    thread.start()
+    thread.join(PATIENCE_SECONDS)
+    if thread.is_alive():
+        raise TimeoutError(f"no answer in {PATIENCE_SECONDS} s")
+    if failures:
+        raise failures[0]
 
 
 def load_hub(name: str) -> dict[str, Dataset]:

@@ -18,8 +18,9 @@ from vits import count_flops
 
 from diffmoe.config import ModelConfig, TrainingConfig
 from diffmoe.model.heads import ImageClassifier
+from diffmoe.objectives import ClassificationObjective
 from diffmoe.recipes import recipe
-from diffmoe.training import ClassificationObjective, make_optimizer, train_step
+from diffmoe.training import make_optimizer, train_step
 
 LEARNING_RATE = 1e-3
 Batch = tuple[Tensor, Tensor]

@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("settings",),
     ("model",),
     ("checkpoint", "pretrained"),
-    ("hardware", "training"),
+    ("hardware", "objectives", "training"),
     ("evaluation", "profiling", "retrieval"),
     ("runs", "visualization"),
     ("commands",),

@@ -15,10 +15,10 @@ from diffmoe.config import ModelConfig
 from diffmoe.model.captioner import Captioner
 from diffmoe.model.dispatch import BACKENDS
 from diffmoe.model.heads import ImageClassifier
+from diffmoe.objectives import CaptionObjective, ClassificationObjective
 from diffmoe.profiling.flops import Flops, count_flops
 from diffmoe.profiling.parts import POOL, Part, module_parts
 from diffmoe.profiling.work import Work, observe
-from diffmoe.training import CaptionObjective, ClassificationObjective
 
 Head = ImageClassifier | Captioner
 FIELDS: dict[str, Any] = {

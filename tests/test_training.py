@@ -22,17 +22,8 @@ from diffmoe.commands import training as command
 from diffmoe.config import ModelConfig, TrainingConfig, UserError
 from diffmoe.model.captioner import Captioner
 from diffmoe.model.heads import ImageClassifier
-from diffmoe.training import (
-    CaptionObjective,
-    ClassificationObjective,
-    Hooks,
-    Progress,
-    StopRequested,
-    fit,
-    learning_rate,
-    make_optimizer,
-    train_step,
-)
+from diffmoe.objectives import AUXILIARY, CaptionObjective, ClassificationObjective
+from diffmoe.training import Hooks, Progress, StopRequested, fit, learning_rate, make_optimizer, train_step
 
 
 class TestLearningRate:
@@ -118,7 +109,7 @@ class FixedModel(nn.Module):
 
 def test_objective_is_smoothed_cross_entropy_plus_the_routers_loss():
     logits = torch.tensor([[0.7, 0.2, 0.1], [0.2, 0.7, 0.1]]).log()
-    parts = {name: torch.tensor(2.0) for name in ClassificationObjective.reported}
+    parts = {name: torch.tensor(2.0) for name in AUXILIARY}
     model = FixedModel(logits=logits, router_loss=torch.tensor(0.5), **parts)
     loss, metrics = ClassificationObjective(model, label_smoothing=0.3)(torch.zeros(2, 1), torch.tensor([0, 0]))
     # Targets: 0.7 + 0.3 / 3 = 0.8 on the label, 0.1 on each other class.
@@ -127,7 +118,7 @@ def test_objective_is_smoothed_cross_entropy_plus_the_routers_loss():
     assert metrics["task_loss"].item() == pytest.approx((first + second) / 2, abs=1e-6)
     assert loss.item() == pytest.approx((first + second) / 2 + 0.5, abs=1e-6)
     assert metrics["accuracy"] == 0.5
-    assert metrics.keys() == {"loss", "task_loss", "accuracy", *ClassificationObjective.reported}
+    assert metrics.keys() == {"loss", "task_loss", "accuracy", *AUXILIARY}
 
 
 class Regression(nn.Module):

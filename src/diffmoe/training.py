@@ -23,7 +23,6 @@ from torch.optim import AdamW
 from tqdm import tqdm
 
 from diffmoe.config import TrainingConfig, UserError
-from diffmoe.model.captioner import Captioner
 
 Metrics = dict[str, float]
 
@@ -74,54 +73,6 @@ class StopRequested(Exception):  # noqa: N818 - it is a request, not an error
     def __init__(self, received: list[int]) -> None:
         self.signal_number = received[0] if received else signal.SIGTERM  # none: another rank was told
         super().__init__(signal.Signals(self.signal_number).name)
-
-
-class ClassificationObjective(nn.Module):
-    """Cross-entropy of the head plus the model's weighted auxiliary losses, for `fit`.
-
-    Args:
-        model: called with (images, labels), returns logits, router_loss and its parts.
-        label_smoothing: mass spread evenly over the classes.
-    """
-
-    reported = ("router_z_loss", "router_balance_loss", "cross_modal_loss", "contrastive_loss")
-
-    def __init__(self, model: nn.Module, label_smoothing: float = 0.0) -> None:
-        super().__init__()
-        self.model = model
-        self.label_smoothing = label_smoothing
-
-    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """A batch -> the loss, and what to report; each a mean over the batch."""
-        out = self.model(images, labels)
-        task = nn.functional.cross_entropy(out["logits"].float(), labels, label_smoothing=self.label_smoothing)
-        loss = task + out["router_loss"]
-        accuracy = (out["logits"].argmax(-1) == labels).float().mean()
-        parts = {name: out[name] for name in self.reported}
-        return loss, {"loss": loss, "task_loss": task, "accuracy": accuracy, **parts}
-
-
-class CaptionObjective(nn.Module):
-    """Cross-entropy of the next token plus the model's weighted auxiliary losses, contrast among them, for `fit`.
-
-    Args:
-        model: called with (images, tokens, mask), returns caption_features, router_loss and its parts; its
-            `caption_loss` scores the features.
-        label_smoothing: mass spread evenly over the tokens that can be written.
-    """
-
-    def __init__(self, model: Captioner, label_smoothing: float = 0.0) -> None:
-        super().__init__()
-        self.model = model
-        self.label_smoothing = label_smoothing
-
-    def forward(self, images: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """A batch -> the loss, and what to report; each a mean over the batch."""
-        out = self.model(images, tokens, mask, need_logits=False)
-        task, accuracy = self.model.caption_loss(out["caption_features"], tokens, mask, self.label_smoothing)
-        loss = task + out["router_loss"]
-        parts = {name: out[name] for name in ClassificationObjective.reported}
-        return loss, {"loss": loss, "task_loss": task, "accuracy": accuracy, **parts}
 
 
 def learning_rate(step: int, total_steps: int, config: TrainingConfig) -> float:

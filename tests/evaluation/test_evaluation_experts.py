@@ -13,9 +13,9 @@ from torch import Tensor
 
 from diffmoe.config import ModelConfig, UserError
 from diffmoe.evaluation import predict
+from diffmoe.evaluation.ablation import ablation
 from diffmoe.evaluation.experts import (
     BlockRouting,
-    ablation,
     class_expert_counts,
     coactivation,
     favourites,

@@ -11,9 +11,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from diffmoe.model import dispatch, moe
-from diffmoe.model.dispatch import BACKENDS, ExpertWeights, padded_experts, sorted_experts, why_not
+from diffmoe.model import moe, sorted_rows
+from diffmoe.model.dispatch import BACKENDS, padded_experts, why_not
 from diffmoe.model.moe import AttentiveRouter, GeneralExperts, Routing
+from diffmoe.model.sorted_rows import ExpertWeights, sorted_experts
 
 WIDTH = 6
 few = settings(deadline=None, max_examples=25)
@@ -241,7 +242,7 @@ def test_rounding_the_rows_up_changes_nothing(monkeypatch: pytest.MonkeyPatch) -
     expected = by_definition(x, ids, gates, weights)
     expected_grads = torch.autograd.grad(expected.square().sum(), (x, *weights))
     for multiple in (1, 2, 8, 64):
-        monkeypatch.setattr(dispatch, "row_multiple", lambda slots, experts, multiple=multiple: multiple)
+        monkeypatch.setattr(sorted_rows, "row_multiple", lambda slots, experts, multiple=multiple: multiple)
         y = sorted_experts(x, ids, gates, weights, "gelu", 0.0)
         torch.testing.assert_close(y, expected)
         torch.testing.assert_close(torch.autograd.grad(y.square().sum(), (x, *weights)), expected_grads)
@@ -276,7 +277,7 @@ def test_the_backward_by_hand_is_autograds(activation: str) -> None:
     inputs = (x, *weights_of(pool))
 
     def run(x: Tensor, *weights: Tensor) -> Tensor:
-        return dispatch._RunExperts.apply(x, [8, 0, 3, 5, 16], activation, scale, *weights)
+        return sorted_rows._RunExperts.apply(x, [8, 0, 3, 5, 16], activation, scale, *weights)
 
     assert torch.autograd.gradcheck(run, inputs)
 

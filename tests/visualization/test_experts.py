@@ -16,8 +16,8 @@ from matplotlib.patches import StepPatch
 from readable import assert_apart
 from torch import Tensor
 
+from diffmoe.evaluation.ablation import Ablation
 from diffmoe.evaluation.experts import (
-    Ablation,
     BlockRouting,
     class_expert_counts,
     coactivation,

@@ -42,8 +42,9 @@ from diffmoe.evaluation import (
 )
 from diffmoe.files import write_atomically
 from diffmoe.model.captioner import Captioner
+from diffmoe.objectives import CaptionObjective
 from diffmoe.settings import Settings
-from diffmoe.training import CaptionObjective, Metrics
+from diffmoe.training import Metrics
 
 SHEET = 12
 """Pictures on the sheet of captions."""

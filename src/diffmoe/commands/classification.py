@@ -24,8 +24,9 @@ from diffmoe.commands.preparation import (
 from diffmoe.config import ModelConfig, UserError
 from diffmoe.data import Batches, ImageDataset, Split, class_descriptions, load_dataset, tokenize
 from diffmoe.model.heads import ImageClassifier
+from diffmoe.objectives import ClassificationObjective
 from diffmoe.settings import Settings
-from diffmoe.training import ClassificationObjective, Metrics
+from diffmoe.training import Metrics
 
 
 def prepare(settings: Settings, fabric: Fabric) -> TrainingParts:

@@ -12,8 +12,9 @@ from diffmoe.commands.subject import NUM_WORKERS, Captioned, Labelled, Subject
 from diffmoe.data import detokenize
 from diffmoe.evaluation import embedding as embeddings
 from diffmoe.evaluation import pick_examples
+from diffmoe.evaluation.ablation import ablation
 from diffmoe.evaluation.attention import description_attention, patch_similarity, rollout, word_attention
-from diffmoe.evaluation.experts import BlockRouting, ablation, class_expert_counts
+from diffmoe.evaluation.experts import BlockRouting, class_expert_counts
 from diffmoe.evaluation.history import load_history
 from diffmoe.visualization import attention, captions, experts, figures
 from diffmoe.visualization.embedding import embedding_map

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffmoe.config import UserError
-from diffmoe.model.dispatch import BACKENDS, ExpertWeights, choose_backend, why_not
+from diffmoe.model.dispatch import BACKENDS, choose_backend, why_not
+from diffmoe.model.sorted_rows import ExpertWeights
 
 
 @dataclass(frozen=True)

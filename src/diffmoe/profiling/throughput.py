@@ -16,7 +16,8 @@ from diffmoe.config import TrainingConfig
 from diffmoe.model.captioner import Captioner
 from diffmoe.model.heads import ImageClassifier
 from diffmoe.model.layers import evaluating
-from diffmoe.training import CaptionObjective, ClassificationObjective, make_optimizer, train_step
+from diffmoe.objectives import CaptionObjective, ClassificationObjective
+from diffmoe.training import make_optimizer, train_step
 
 Head = ImageClassifier | Captioner
 Draw = Callable[[int], Sequence[Tensor]]

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from diffmoe.model.captioner import ROWS_MULTIPLE, Captioner
-from diffmoe.model.dispatch import ExpertWeights, choose_backend, few_rows, row_multiple
+from diffmoe.model.dispatch import choose_backend, few_rows
 from diffmoe.model.encoders import UnifiedModalEncoder
 from diffmoe.model.heads import ImageClassifier
 from diffmoe.model.moe import GeneralExperts, Routing
+from diffmoe.model.sorted_rows import ExpertWeights, row_multiple
 
 
 @dataclass(frozen=True)

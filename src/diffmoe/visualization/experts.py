@@ -19,8 +19,8 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from torch import Tensor
 
+from diffmoe.evaluation.ablation import Ablation
 from diffmoe.evaluation.experts import (
-    Ablation,
     BlockRouting,
     coactivation,
     imbalance,

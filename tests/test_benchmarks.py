@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import shlex
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,36 @@ from diffmoe.model.moe import GeneralExperts
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(FOLDER))  # where `python benchmarks/x.py` finds its neighbours
-block, classifiers, inference, memory, moe_layer, naive, peers, report, tables, timing, train_step, vits = (
+(
+    block,
+    caption_baselines,
+    classifiers,
+    inference,
+    memory,
+    moe_layer,
+    naive,
+    peers,
+    report,
+    tables,
+    timing,
+    train_step,
+    vits,
+) = (
     importlib.import_module(name)
     for name in (
-        *("block", "classifiers", "inference", "memory", "moe_layer", "naive", "peers", "report", "tables", "timing"),
+        *(
+            "block",
+            "caption_baselines",
+            "classifiers",
+            "inference",
+            "memory",
+            "moe_layer",
+            "naive",
+            "peers",
+            "report",
+            "tables",
+            "timing",
+        ),
         *("train_step", "vits"),
     )
 )
@@ -386,6 +413,32 @@ def test_captions_are_written_to_their_full_length() -> None:
     assert (together != 0).all()  # no padding: none ended before
     assert torch.equal(torch.cat(inference.Generation(model, args, alone=3)(images)), together)
     assert torch.equal(inference.Generation(model, args, use_cache=False)(images)[0], together)
+
+
+def test_a_margin_and_its_error_are_those_of_a_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda _: None)  # no Java: METEOR's processes would take a minute
+    written = ["a dog runs", "a man in a hat", "two men", "a dog on the grass", "the red boat", "a child"]
+    baseline = ["a dog", "a dog", "a dog runs on grass", "a dog in a hat", "a dog", "men"]
+    references = [
+        ["a dog runs on grass", "the dog"],
+        ["a man"],
+        ["two men run"],
+        ["grass"],
+        ["a boat"],
+        ["a child jumps"],
+    ]
+    worse = ["zebra"] * 6
+    found = caption_baselines.margins(written, [worse, baseline], references, groups=6)
+    # ROUGE-L is a mean over pictures, and leaving one of six out each time gives the error of a mean.
+    each = [
+        caption_baselines.caption_metrics([ours], [texts])["rouge_l"]
+        - caption_baselines.caption_metrics([theirs], [texts])["rouge_l"]
+        for ours, theirs, texts in zip(written, baseline, references, strict=True)
+    ]
+    assert found["margin"]["rouge_l"] == pytest.approx(statistics.mean(each))
+    assert found["standard_error"]["rouge_l"] == pytest.approx(statistics.stdev(each) / 6**0.5)
+    same = caption_baselines.margins(written, [written, worse], references, groups=3)
+    assert set(same["margin"].values()) == set(same["standard_error"].values()) == {0.0}
 
 
 def test_the_suites_commands_are_right() -> None:

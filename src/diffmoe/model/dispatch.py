@@ -25,7 +25,6 @@ FEW_SLOTS = 256
 START_ROWS = 32
 """Running an expert by itself costs as much beside its rows as so many rows do, by measurement on a CPU."""
 
-
 Backend = Callable[[Tensor, Tensor, Tensor, ExpertWeights, str, float], Tensor]
 """x_TD, expert_ids_TK int64, gates_TK, weights, activation, dropout -> y_TD; all floats of one dtype."""
 

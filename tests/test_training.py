@@ -23,6 +23,7 @@ from diffmoe.config import ModelConfig, TrainingConfig, UserError
 from diffmoe.model.captioner import Captioner
 from diffmoe.model.heads import ImageClassifier
 from diffmoe.objectives import AUXILIARY, CaptionObjective, ClassificationObjective
+from diffmoe.runs import EpochWriter
 from diffmoe.training import Hooks, Progress, StopRequested, fit, learning_rate, make_optimizer, train_step
 
 
@@ -199,11 +200,16 @@ class Recorder:
     def hooks(self) -> Hooks:
         return Hooks(
             validate=self.validate,
-            on_best=lambda: self.best_after.append(len(self.rows)),
-            on_checkpoint=lambda progress: self.checkpoints.append(progress.step),
-            on_epoch=lambda progress: self.rows.append(progress.history[-1]),
+            on_epoch=self.end_epoch,
+            on_stop=lambda progress: self.checkpoints.append(progress.step),
             on_estimate=self.estimates.append,
         )
+
+    def end_epoch(self, progress: Progress) -> None:
+        self.rows.append(progress.history[-1])
+        self.checkpoints.append(progress.step)
+        if progress.is_best:
+            self.best_after.append(progress.epoch)
 
 
 def run_fit(
@@ -265,6 +271,19 @@ class TestFit:
         with pytest.raises(UserError, match=r"the loss is (inf|nan) at step 3: lower --lr"):
             run_fit(Recorder(), objective=Broken())
 
+    def test_a_validation_loss_that_is_not_finite_is_one_line_and_nothing_is_saved(self):
+        recorder = Recorder()
+        recorder.validate = lambda: {"val_accuracy": 0.5, "val_loss": math.nan}
+        with pytest.raises(UserError, match=r"the loss is nan at step 3: lower --lr"):
+            run_fit(recorder)
+        assert (recorder.checkpoints, recorder.rows) == ([], [])
+
+    def test_weights_are_the_best_until_validated_and_where_validation_rose(self):
+        assert Progress(window=2).is_best
+        assert Progress(epoch=1, best=0.5).is_best
+        assert not Progress(epoch=1, best=0.5, window=1).is_best
+        assert not Progress(epoch=2, best=0.5, epochs_since_best=1).is_best
+
     def test_progress_means_are_over_pictures(self):
         progress = Progress(sums={"pictures": torch.tensor(4.0), "loss": torch.tensor(10.0)})
         assert progress.means() == {"loss": 2.5}
@@ -283,6 +302,18 @@ class TestSignals:
         assert recorder.checkpoints == [2]
         assert recorder.rows == []
         assert handlers == {n: signal.getsignal(n) for n in handlers}
+
+    def test_what_has_diverged_is_not_saved(self, monkeypatch):
+        class Broken(Regression):
+            def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+                loss, _ = super().forward(x, y)
+                return loss, {"loss": loss * math.nan}
+
+        send_at(monkeypatch, training, "train_step", [2], signal.SIGTERM)
+        recorder = Recorder()
+        with pytest.raises(UserError, match=r"the loss is nan at step 2: lower --lr"):
+            run_fit(recorder, objective=Broken())
+        assert recorder.checkpoints == []
 
     def test_during_validation_the_epoch_is_finished_and_saved(self):
         recorder = Recorder(at_epoch_end=lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -347,9 +378,9 @@ class Crash(Exception):  # noqa: N818 - the power fails
     """Nobody catches it: what is on disk is all that is left."""
 
 
-def crash_at(monkeypatch: pytest.MonkeyPatch, name: str, call: int) -> None:
-    """Die as `commands.training.name` is called for the `call`-th time."""
-    original, count = getattr(command, name), 0
+def crash_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -> None:
+    """Die as `owner.name` is called for the `call`-th time."""
+    original, count = getattr(owner, name), 0
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         nonlocal count
@@ -358,7 +389,7 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, name: str, call: int) -> None:
             raise Crash
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(command, name, wrapper)
+    monkeypatch.setattr(owner, name, wrapper)
 
 
 ALL_RANDOMNESS = [
@@ -438,11 +469,21 @@ class TestExactResume:
         assert results[0].err == f"stopped by SIGTERM, saved in {last}: the same command with --resume goes on\n"
         assert_same_run(tmp_path, in_one_go)
 
-    @pytest.mark.parametrize(("name", "call"), [("_validate", 3), ("save_run", 2), ("save_run", 3)])
-    def test_after_a_crash(self, monkeypatch, cli, tiny_flags, in_one_go, tmp_path, name, call):
+    @pytest.mark.parametrize(
+        ("owner", "name", "call"),
+        [
+            (command, "_validate", 3),
+            (command, "save_run", 2),
+            (command, "save_run", 3),
+            (EpochWriter, "write", 1),  # saved and not told of
+            (EpochWriter, "write", 3),  # nothing is left to train
+        ],
+        ids=lambda value: getattr(value, "__name__", value),
+    )
+    def test_after_a_crash(self, monkeypatch, cli, tiny_flags, in_one_go, tmp_path, owner, name, call):
         flags = [*tiny_flags, *ALL_RANDOMNESS, "--save_dir", tmp_path]
         with monkeypatch.context() as patch:
-            crash_at(patch, name, call)
+            crash_at(patch, owner, name, call)
             with pytest.raises(Crash):
                 cli("train", *flags)
         assert cli("train", *flags, "--resume").code == 0

@@ -2,6 +2,9 @@
 
 `<save_dir>/<dataset>_model.pth` is the best model; `<save_dir>/<dataset>/` holds `last.ckpt` (all that an exact resume
 needs), `metrics.json`, `history.csv` and TensorBoard's events.
+
+A run's first model and `last.ckpt` are staged, and take the place of an earlier run's together (`RunFiles.replacing`):
+whenever a run dies, there is a whole earlier one or a whole new one. What is told of an epoch is written after them.
 """
 
 from __future__ import annotations
@@ -9,8 +12,10 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +34,8 @@ from diffmoe.settings import Settings
 from diffmoe.training import Metrics, Progress
 
 RUN_FORMAT = "diffmoe-run-1"
+STAGING = ".new"
+"""In a run's folder: where its first files are until all of them are whole."""
 
 
 class RunFiles:
@@ -53,21 +60,60 @@ class RunFiles:
 
         Raises `UserError`.
         """
+        self.replace_earlier()
         if run.resume and not self.last.is_file():
             raise UserError(f"resume: there is no {self.last} to go on from")
         if not (run.resume or run.overwrite):
             for path in self._written():
                 raise UserError(f"{path} is an earlier run's: give --resume, --overwrite or another --save_dir")
+        for path in self._written():
+            if path.is_dir():
+                raise UserError(f"{path} is a folder: training writes a file there; give another --save_dir")
+        check_writable(self.model.parent)
         check_writable(self.folder)
 
-    def clear(self) -> None:
-        """Remove what an earlier run left, and nothing else."""
-        for path in self._written():
-            path.unlink()
+    @contextmanager
+    def replacing(self) -> Iterator[RunFiles]:
+        """Files to write a run's first model and, after it, `last.ckpt` to: both take the place of an earlier run's.
+
+        Where one of them cannot be written, the earlier run stays as it was.
+        """
+        staging = self.folder / STAGING
+        shutil.rmtree(staging, ignore_errors=True)  # left by a run that was killed in here
+        try:
+            yield self._staged()
+        finally:
+            self.replace_earlier()  # also where something failed after both were whole
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def replace_earlier(self) -> None:
+        """Where a run is staged, put it in the place of an earlier one, whose metrics, history and events go.
+
+        `last.ckpt` is staged last and moved last: where it is staged, all is whole. What a process that was killed in
+        here left undone, the next to call this does: whoever opens a run to go on from it, to replace it or to test it.
+        Raises `UserError` where the files cannot be moved.
+        """
+        staged = self._staged()
+        if not staged.last.exists():
+            return
+        try:
+            for path in (self.metrics, self.history, *self._events()):
+                path.unlink(missing_ok=True)
+            for new, old in ((staged.model, self.model), (staged.last, self.last)):
+                with suppress(FileNotFoundError):  # moved by the one who was killed
+                    new.replace(old)
+        except OSError as error:
+            raise UserError(f"{self.folder} cannot be written: {error.strerror or error}") from error
+        shutil.rmtree(self.folder / STAGING, ignore_errors=True)
+
+    def _staged(self) -> RunFiles:
+        return RunFiles(self.folder.name, str(self.folder / STAGING))
+
+    def _events(self) -> list[Path]:
+        return sorted(self.folder.glob("events.out.tfevents.*"))
 
     def _written(self) -> list[Path]:
-        paths = (self.model, self.last, self.metrics, self.history, *self.folder.glob("events.out.tfevents.*"))
-        return [path for path in paths if path.exists()]
+        return [p for p in (self.model, self.last, self.metrics, self.history, *self._events()) if p.exists()]
 
     def update_metrics(self, values: Mapping[str, Any]) -> None:
         """Merge into `metrics.json`, keeping what else is there."""
@@ -110,7 +156,9 @@ class RunFiles:
 
 
 class EpochWriter:
-    """After each epoch: history.csv, metrics.json, TensorBoard, and a line on the terminal.
+    """After each epoch, once it is saved: TensorBoard, history.csv, metrics.json, and a line on the terminal.
+
+    Makes no file before the first epoch. A run that was saved and died before it told so is told of when it is resumed.
 
     Args:
         files: the run's.
@@ -123,14 +171,15 @@ class EpochWriter:
     def __init__(
         self, files: RunFiles, settings: Settings, counts: Mapping[str, Any], progress: Progress, silent: bool
     ) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.files, self.settings, self.counts = files, settings, dict(counts)
+        self.files, self.settings, self.counts, self.silent = files, settings, dict(counts), silent
+        self.start, self.events = progress, None
+        self.is_untold = bool(progress.history) and files.read_metrics().get("epochs") != progress.epoch
         # Events after the point where a resumed run starts are of a run that did not happen.
-        self.events = None if silent else SummaryWriter(files.folder, purge_step=progress.step + 1)
+        self.purge_step = int(progress.history[-1]["step"]) if self.is_untold else progress.step + 1
 
     def __enter__(self) -> None:
-        pass
+        if self.is_untold:
+            self.write(self.start)
 
     def __exit__(self, *_: object) -> None:
         if self.events is not None:
@@ -143,19 +192,23 @@ class EpochWriter:
 
         `routing_maps` (height, width, 3).
         """
-        if self.events is None:
+        if self.silent:
             return
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.events = self.events or SummaryWriter(self.files.folder, purge_step=self.purge_step)
         row = progress.history[-1]
+        step = int(row["step"])
         for name, value in row.items():
             if name not in ("epoch", "step"):
-                self.events.add_scalar(name, value, progress.step)
+                self.events.add_scalar(name, value, step)
         for block in blocks:
             between = np.arange(block.num_experts + 1) - 0.5  # a bin for each expert
             chosen = block.expert_ids[block.real].numpy()
             tag = f"expert_load/{block.place}_{block.layer}"
-            self.events.add_histogram(tag, chosen, progress.step, bins=between)  # pyright: ignore[reportArgumentType]
+            self.events.add_histogram(tag, chosen, step, bins=between)  # pyright: ignore[reportArgumentType]
         if routing_maps is not None:
-            self.events.add_image("routing_maps", routing_maps, progress.step, dataformats="HWC")
+            self.events.add_image("routing_maps", routing_maps, step, dataformats="HWC")
         self.events.flush()
         self.files.write_history(progress.history)
         self.files.update_metrics(

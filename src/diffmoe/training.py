@@ -57,6 +57,11 @@ class Progress:
     history: list[Metrics] = field(default_factory=list)
     """One row for each finished epoch."""
 
+    @property
+    def is_best(self) -> bool:
+        """Whether the weights are the best so far: just validated as such, or there was no validation yet."""
+        return self.best is None or (self.window == 0 and self.epochs_since_best == 0)
+
     def means(self) -> Metrics:
         """Means of the current epoch's metrics so far. Waits for the device."""
         pictures = float(self.sums["pictures"])
@@ -104,12 +109,10 @@ class Hooks:
 
     validate: Callable[[], Metrics]
     """Scores the model."""
-    on_best: Callable[[], None]
-    """Validation improved: save the model."""
-    on_checkpoint: Callable[[Progress], None]
-    """After each epoch, and before stopping on a signal: save everything."""
     on_epoch: Callable[[Progress], None]
-    """After each epoch: write the history."""
+    """After each epoch: save everything, then write the history."""
+    on_stop: Callable[[Progress], None]
+    """Before stopping in mid-epoch, on a signal: save everything."""
     on_estimate: Callable[[float], None]
     """Once, early on: the whole training's expected seconds."""
 
@@ -138,7 +141,7 @@ def fit(
 
     Raises:
         StopRequested: on SIGINT or SIGTERM, after the current step was finished and saved.
-        UserError: when the loss is no longer finite.
+        UserError: when the loss is no longer finite; what has diverged is never saved.
     """
     steps_per_epoch = math.ceil(len(train) / config.accumulation_steps)
     total_steps = config.epochs * steps_per_epoch
@@ -162,13 +165,11 @@ def fit(
                     if progress.step == estimate_at:
                         hooks.on_estimate(progress.seconds / progress.step * total_steps)
                     if _told_to_stop(fabric, received):
-                        hooks.on_checkpoint(progress)
+                        _finite_means(progress)
+                        hooks.on_stop(progress)
                         raise StopRequested(received)
             _finish_epoch(progress, learning_rate(progress.step - 1, total_steps, config), hooks.validate(), monitor)
             hooks.on_epoch(progress)
-            if progress.epochs_since_best == 0:
-                hooks.on_best()
-            hooks.on_checkpoint(progress)
             if _told_to_stop(fabric, received):
                 raise StopRequested(received)
     return progress
@@ -215,6 +216,8 @@ def _advance(progress: Progress, sums: Mapping[str, Tensor], world_size: int, se
 
 def _finish_epoch(progress: Progress, rate: float, validation: Metrics, monitor: str) -> None:
     means = _finite_means(progress)
+    if not math.isfinite(loss := validation.get("val_loss", 0.0)):
+        raise _diverged(loss, progress.step)
     progress.epoch += 1
     progress.history.append(
         {

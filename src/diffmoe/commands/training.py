@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from diffmoe.checkpoint import DataInfo, save_model
+from diffmoe.checkpoint import DataInfo, Head, save_model
 from diffmoe.commands.preparation import TrainingParts, check_vocabulary, parameter_counts
 from diffmoe.config import UserError
 from diffmoe.evaluation.experts import trace_experts
@@ -59,25 +62,49 @@ def train(settings: Settings, prepare: Callable[[Settings, Fabric], TrainingPart
     progress = Progress()
     if settings.run.resume:
         progress = load_run(files.last, fabric, model, optimizer, configs)
-    elif fabric.is_global_zero:
-        files.clear()
     counts = parameter_counts(model)
     fabric.print(
         f"{parts.summary}\nmodel: {counts['parameters_total'] / 1e6:.2f} M parameters, "
         f"{counts['parameters_active'] / 1e6:.2f} M active for a token; on {fabric.device}"
     )
+    saver = Saver(files, fabric, model, optimizer, parts.info, configs, is_first=not settings.run.resume)
     writer = EpochWriter(files, settings, counts, progress, silent=not fabric.is_global_zero)
     hooks = Hooks(
         validate=lambda: _validate(fabric, model, parts),
-        on_best=lambda: save_model(files.model, model, parts.info) if fabric.is_global_zero else None,
-        on_checkpoint=lambda p: save_run(files.last, fabric, model, optimizer, p, configs),
-        on_epoch=lambda p: _write_epoch(fabric, model, parts.info, sample, p, writer),
+        on_epoch=lambda p: _end_epoch(sample, p, saver, writer),
+        on_stop=saver.save,
         on_estimate=lambda seconds: _warn_if_slow(fabric, settings, seconds),
     )
     with writer:
         fit(fabric, wrapped, wrapped_optimizer, parts.batches, hooks, config, progress)
     fabric.print(f"best model: {files.model}   metrics: {files.metrics}")
     return fabric.is_global_zero
+
+
+@dataclass
+class Saver:
+    """Saves a run: the model where it is the best so far, and all that an exact resume needs."""
+
+    files: RunFiles
+    fabric: Fabric
+    model: Head
+    optimizer: Optimizer
+    info: DataInfo
+    configs: Mapping[str, Any]
+    """The settings that a resumed run must share."""
+    is_first: bool
+    """Nothing of this run is saved yet; its first files replace those of an earlier run."""
+
+    def save(self, progress: Progress) -> None:
+        """Every rank must call it. The model comes first: a `last.ckpt` that is ahead would never write it again."""
+        place = nullcontext(self.files)
+        if self.is_first and self.fabric.is_global_zero:
+            place = self.files.replacing()
+        with place as files:
+            if progress.is_best and self.fabric.is_global_zero:
+                save_model(files.model, self.model, self.info)
+            save_run(files.last, self.fabric, self.model, self.optimizer, progress, self.configs)
+        self.is_first = False
 
 
 def _validate(fabric: Fabric, model: nn.Module, parts: TrainingParts) -> dict[str, float]:
@@ -89,18 +116,17 @@ def _validate(fabric: Fabric, model: nn.Module, parts: TrainingParts) -> dict[st
         return parts.validate()
 
 
-def _write_epoch(
-    fabric: Fabric, model: nn.Module, info: DataInfo, sample: Any, progress: Progress, writer: EpochWriter
-) -> None:
-    """The epoch's row, with where the experts' load is by now: on one batch, the same at every epoch."""
-    with fabric.autocast():
-        blocks = trace_experts(model, [sample]).blocks
+def _end_epoch(sample: Any, progress: Progress, saver: Saver, writer: EpochWriter) -> None:
+    """Add to the epoch's row where the experts' load is by now, on one batch, the same at every epoch; save; tell."""
+    with saver.fabric.autocast():
+        blocks = trace_experts(saver.model, [sample]).blocks
     progress.history[-1] |= routing_metrics(blocks)
+    saver.save(progress)  # first: whatever fails in the telling, the epoch is not lost
     routing_maps = None
     if blocks:
         from diffmoe.visualization.patches import routing_sheet  # matplotlib takes a second
 
-        routing_maps = routing_sheet(_as_pictures(sample[0][:ROUTING_MAPS], info), blocks)
+        routing_maps = routing_sheet(_as_pictures(sample[0][:ROUTING_MAPS], saver.info), blocks)
     writer.write(progress, blocks, routing_maps)
 
 

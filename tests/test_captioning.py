@@ -15,6 +15,7 @@ from PIL import Image
 from diffmoe import Captioner, load_model
 from diffmoe.cli import main
 from diffmoe.commands import training
+from diffmoe.commands.captions import is_captions_file, save_captions
 from diffmoe.data import shapes
 
 Cli = Callable[..., Any]
@@ -122,6 +123,59 @@ def test_captions_are_printed_saved_and_drawn(run: Written, cli: Cli, tmp_path: 
     assert len(set(sampled)) > 1
 
 
+FOREIGN = {
+    "captions.json": '[{"image": "a.png", "caption": "mine"}]',  # its keys, not in its layout
+    "captions.png": "a picture of mine",
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_files_of_others_are_not_overwritten(run: Written, cli: Cli, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(FOREIGN[name])
+    flags = ("caption", run.pictures[0], "--checkpoint", run.model, "--output_dir", tmp_path, "--device", "cpu")
+    result = cli(*flags)
+    assert result.code == 2
+    assert result.err == (
+        f"diffmoe: error: {tmp_path / name} is not one that this program wrote: "
+        "give another --output_dir or --overwrite\n"
+    )
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: FOREIGN[name]}
+    assert cli(*flags, "--overwrite").code == 0
+    assert cli(*flags).code == 0  # what it wrote itself it replaces
+
+
+@pytest.mark.parametrize("mode", ["test", "train_test"])
+def test_testing_overwrites_no_captions_of_others(run: Written, cli: Cli, tmp_path: Path, mode: str) -> None:
+    mine = tmp_path / "drawn" / "captions.json"
+    mine.parent.mkdir()
+    mine.write_text("{}")
+    save_dir = run.save_dir if mode == "test" else tmp_path / "save"
+    before = sorted(run.save_dir.rglob("*"))
+    result = cli(mode, "--dataset", run.folder, "--save_dir", save_dir, "--output_dir", tmp_path, *FLAGS)
+    assert result.code == 2
+    assert f"{mine} is not one that this program wrote" in result.err
+    assert mine.read_text() == "{}"
+    assert (sorted(run.save_dir.rglob("*")), (tmp_path / "save").exists()) == (before, False)
+
+
+def test_captions_that_were_written_are_recognised(tmp_path: Path) -> None:
+    path = tmp_path / "captions.json"
+    for references in (None, [["ein Hund", "狗"]]):
+        save_captions(path, ["é.png"], ["a dog"], references)
+        assert is_captions_file(path)
+    for text in (
+        "",
+        "[",
+        "[1]",
+        "{}",
+        '[{"image": 1}]',
+        path.read_text() + "\n",
+        path.read_text().replace("狗", "\\u72d7"),
+    ):
+        path.write_text(text)
+        assert not is_captions_file(path)
+
+
 def test_a_text_finds_pictures_and_the_index_is_reused(run: Written, cli: Cli, tmp_path: Path) -> None:
     flags = ("--checkpoint", run.model, "--output_dir", tmp_path, "--device", "cpu", "--json")
     first = cli("retrieve", run.folder, "--text", "a red circle", *flags, "--top", "3")
@@ -131,7 +185,11 @@ def test_a_text_finds_pictures_and_the_index_is_reused(run: Written, cli: Cli, t
     assert Path(found["picture"]).is_file()
     index = Path(found["index"])
     made = index.stat().st_mtime_ns
-    assert json.loads(cli("retrieve", run.folder, "--text", "a red circle", *flags, "--top", "3").out) == found
+    again = json.loads(cli("retrieve", run.folder, "--text", "a red circle", *flags, "--top", "3").out)
+    for row, former in zip(again.pop("results"), found.pop("results"), strict=True):
+        # The product's last digit depends on where in memory the embeddings came to lie.
+        assert row == {"item": former["item"], "similarity": pytest.approx(former["similarity"], abs=1e-6)}
+    assert again == found
     assert index.stat().st_mtime_ns == made
 
 
@@ -140,8 +198,8 @@ def test_an_index_of_another_gallery_is_named_and_kept(run: Written, cli: Cli, t
     index = tmp_path / "kept.safetensors"
     assert cli("retrieve", run.folder, *flags, "--index", index).code == 0
     content = index.read_bytes()
-    other = tmp_path / "other"
-    other.mkdir()
+    other = tmp_path / "galleries" / "other"
+    other.mkdir(parents=True)
     (other / "0.png").write_bytes(run.pictures[0].read_bytes())
     result = cli("retrieve", other, *flags, "--index", index)
     assert result.code == 2

@@ -6,13 +6,23 @@ import csv
 import io
 import json
 import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from diffmoe import runs
+from diffmoe import training as loop
 from diffmoe.commands import classification, training
+from diffmoe.config import RunConfig
+from diffmoe.files import write_atomically
 from diffmoe.runs import RunFiles
 
 TRAINING_KEYS = {
@@ -132,20 +142,26 @@ class TestTensorBoard:
         assert not tags["images"]
         assert not any(name.startswith(("expert_load", "router_entropy")) for name in tags["scalars"])
 
-    def test_shows_a_resumed_run_once(self, cli, trained, tmp_path, monkeypatch):
-        """A run that died after it wrote an epoch's events and before it saved: the epoch is run again."""
-        save_run, calls = training.save_run, []
+    @pytest.mark.parametrize(
+        ("owner", "name"),
+        [(training, "save_run"), (RunFiles, "write_history"), (RunFiles, "update_metrics")],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    def test_shows_a_resumed_run_once(self, cli, trained, tmp_path, monkeypatch, owner, name):
+        """A run that died as it saved an epoch, or told of it: the epoch is run, or told of, again."""
+        original, calls = getattr(owner, name), []
 
         def die_the_second_time(*args: Any) -> None:
             calls.append(args)
             if len(calls) == 2:
                 raise KeyboardInterrupt
-            save_run(*args)
+            original(*args)
 
         flags = [*trained.flags, "--save_dir", tmp_path]
-        monkeypatch.setattr(training, "save_run", die_the_second_time)
-        with pytest.raises(KeyboardInterrupt):
-            commands_train(flags)
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, die_the_second_time)
+            with pytest.raises(KeyboardInterrupt):
+                commands_train(flags)
         assert cli("train", *flags, "--resume").code == 0
         found, expected = (read_scalars(folder / "digits") for folder in (tmp_path, trained.save_dir))
         assert found["val_accuracy"] == expected["val_accuracy"]
@@ -206,6 +222,258 @@ class TestOverwriting:
         assert result.code == 2
         assert message in result.err
         assert snapshot(own_run.save_dir) == before
+
+    def test_a_folder_in_the_place_of_a_file_is_one_line(self, cli, tiny_flags, tmp_path, snapshot):
+        (tmp_path / "digits" / "last.ckpt").mkdir(parents=True)
+        before = snapshot(tmp_path)
+        result = cli("train", *tiny_flags, "--save_dir", tmp_path, "--overwrite")
+        assert (result.code, result.err.count("\n")) == (2, 1)
+        assert f"{tmp_path / 'digits' / 'last.ckpt'} is a folder" in result.err
+        assert snapshot(tmp_path) == before
+
+
+ONE_EPOCH = ("--epochs", 1, "--seed", 1)
+
+
+class Killed(BaseException):
+    """Stands in for SIGKILL: no line after it changes a file."""
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, folder: Path, call: int) -> list[str]:
+    """From the `call`-th change on, counted from 1, nothing in `folder` changes any more. Returns the changes made."""
+    made: list[str] = []
+
+    def wrap(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def wrapper(path: Path, *args: Any, **kwargs: Any) -> Any:
+            if Path(path).is_relative_to(folder):
+                if len(made) + 1 >= call:
+                    raise Killed
+                made.append(f"{name} {path}")
+            return original(path, *args, **kwargs)
+
+        monkeypatch.setattr(owner, name, wrapper)
+
+    for name in ("replace", "unlink", "mkdir", "write_text"):
+        wrap(Path, name)
+    wrap(shutil, "rmtree")
+    return made
+
+
+class TestReplacing:
+    """Whatever moment a run dies at, there is a whole earlier run or a whole new one."""
+
+    def test_killed_at_any_moment_it_is_the_one_or_the_other(self, monkeypatch, tmp_path):
+        outcomes: list[set[str]] = []
+        for call in range(1, 100):
+            files = RunFiles("digits", str(tmp_path / str(call)))
+            events = files.folder / "events.out.tfevents.1"
+            old = (files.model, files.last, files.metrics, files.history, events)
+            for path in old:
+                write_atomically(path, lambda unfinished: unfinished.write_text("old"))
+            with monkeypatch.context() as patch:
+                made = kill_at(patch, files.model.parent, call)
+                with suppress(Killed):
+                    replace_by_new(files)
+                    break
+            files.check(RunConfig(overwrite=True))
+            found = {path.read_text() for path in (files.model, files.last)}
+            assert len(found) == 1, made  # never a model of one with the last.ckpt of another
+            assert [path.exists() for path in old[2:]] == [found == {"old"}] * 3, made
+            assert not list(files.folder.glob(".new/**/last.ckpt"))
+            outcomes.append(found)
+        assert outcomes[0] == {"old"}
+        assert outcomes[-1] == {"new"}
+        assert len(outcomes) > 10
+
+    def test_what_cannot_be_written_leaves_the_earlier_run(self, tmp_path, snapshot):
+        files = RunFiles("digits", str(tmp_path))
+        for path in (files.model, files.last, files.metrics):
+            write_atomically(path, lambda unfinished: unfinished.write_text("old"))
+        before = snapshot(tmp_path)
+        with suppress(ZeroDivisionError), files.replacing() as staged:
+            write_atomically(staged.model, lambda unfinished: unfinished.write_text("new"))
+            write_atomically(staged.last, lambda unfinished: unfinished.write_text(str(1 / 0)))
+        assert snapshot(tmp_path) == before
+
+    @pytest.mark.parametrize("dense", [(), ("--preset", "tiny-dense")], ids=["moe", "dense"])
+    def test_a_run_that_diverges_leaves_the_earlier_one(self, cli, own_run, snapshot, dense):
+        before = snapshot(own_run.save_dir)
+        flags = [*own_run.flags, *dense, "--save_dir", own_run.save_dir, "--overwrite"]
+        result = cli("train", *flags, "--lr", 1e12)
+        assert result.code == 2
+        assert result.err.count("\n") == 1
+        assert snapshot(own_run.save_dir) == before
+        assert cli("train", *own_run.flags, "--save_dir", own_run.save_dir, "--resume").code == 0
+
+    def test_a_run_that_diverges_does_not_block_the_next(self, cli, tiny_flags, tmp_path):
+        flags = [*tiny_flags, *ONE_EPOCH, "--save_dir", tmp_path]
+        assert cli("train", *flags, "--lr", 1e12).code == 2
+        assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+        assert cli("train", *flags).code == 0
+
+    def test_a_run_that_dies_before_its_first_epoch_ends_leaves_the_earlier_one(
+        self, cli, own_run, snapshot, monkeypatch
+    ):
+        before = snapshot(own_run.save_dir)
+
+        def die(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(training, "_validate", die)
+        assert cli("train", *own_run.flags, "--save_dir", own_run.save_dir, "--overwrite").code == 130
+        assert snapshot(own_run.save_dir) == before
+
+    def test_a_run_stopped_in_its_first_epoch_is_whole(self, cli, own_run, monkeypatch):
+        before = own_run.model.read_bytes()
+        train_step = loop.train_step
+
+        def stop(*args: Any) -> Any:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return train_step(*args)
+
+        flags = [*own_run.flags, *ONE_EPOCH, "--save_dir", own_run.save_dir]
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "train_step", stop)
+            # Python's own handler kills: the second signal would come from the second step, which is not begun.
+            assert cli("train", *flags, "--overwrite").code == 143
+        assert own_run.model.read_bytes() != before
+        assert {path.name for path in (own_run.save_dir / "digits").iterdir()} == {"last.ckpt"}
+        where = ("--save_dir", own_run.save_dir, "--output_dir", own_run.save_dir.parent / "pictures")
+        assert cli("test", *own_run.flags, *where).code == 0
+        assert cli("train", *flags, "--resume").code == 0
+        assert read_metrics(own_run.save_dir)["epochs"] == 1
+
+    def test_nothing_is_inherited(self, cli, own_run):
+        files = RunFiles("digits", str(own_run.save_dir))
+        files.update_metrics({"test_accuracy": 0.75, "colour": "red"})
+        assert cli("train", *own_run.flags, *ONE_EPOCH, "--save_dir", own_run.save_dir, "--overwrite").code == 0
+        assert not {"test_accuracy", "colour"} & read_metrics(own_run.save_dir).keys()
+        assert len(files.read_history()) == 1
+        assert [step for step, _ in read_scalars(files.folder)["train_loss"]] == [5]
+        assert not (files.folder / ".new").exists()
+
+    def test_a_closed_terminal_costs_nothing_that_was_trained(self, cli, own_run, monkeypatch):
+        def fail(*_: Any, **__: Any) -> None:
+            raise BrokenPipeError
+
+        flags = [*own_run.flags, *ONE_EPOCH, "--save_dir", own_run.save_dir]
+        with monkeypatch.context() as patch:
+            patch.setattr(RunFiles, "write_history", fail)
+            patch.setattr(runs, "print", fail, raising=False)
+            with pytest.raises(BrokenPipeError):
+                cli("train", *flags, "--overwrite")
+        assert cli("train", *flags, "--resume").code == 0
+        metrics = read_metrics(own_run.save_dir)
+        assert (metrics["seed"], metrics["epochs"]) == (1, 1)
+        assert len(RunFiles("digits", str(own_run.save_dir)).read_history()) == 1
+
+    @pytest.mark.parametrize("next_command", ["test", "train"])
+    def test_killed_between_the_model_and_the_checkpoint(self, cli, own_run, next_command):
+        """By SIGKILL, as the new model is in place and the new last.ckpt is not."""
+        old_model, old_last = own_run.model.read_bytes(), (own_run.save_dir / "digits" / "last.ckpt").read_bytes()
+        flags = [*own_run.flags, *ONE_EPOCH, "--save_dir", own_run.save_dir]
+        argv = [str(flag) for flag in ("train", *flags, "--overwrite")]
+        done = subprocess.run([sys.executable, "-c", KILL_BETWEEN, *argv], capture_output=True, text=True, check=False)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert own_run.model.read_bytes() != old_model
+        assert (own_run.save_dir / "digits" / "last.ckpt").read_bytes() == old_last
+        if next_command == "test":
+            pictures = own_run.save_dir.parent / "pictures"
+            tested = cli("test", *own_run.flags, "--save_dir", own_run.save_dir, "--output_dir", pictures)
+            assert tested.code == 0
+            assert "epochs" not in read_metrics(own_run.save_dir)  # those were the earlier run's
+        former = cli("train", *own_run.flags, "--save_dir", own_run.save_dir, "--resume")
+        assert former.code == 2
+        assert "but was 1 in" in former.err
+        assert cli("train", *flags, "--resume").code == 0
+        assert read_metrics(own_run.save_dir)["seed"] == 1
+
+
+def replace_by_new(files: RunFiles) -> None:
+    with files.replacing() as staged:
+        for path in (staged.model, staged.last):
+            write_atomically(path, lambda unfinished: unfinished.write_text("new"))
+
+
+KILL_BETWEEN = """
+import os, signal, sys
+from pathlib import Path
+from diffmoe.cli import main
+
+replace = Path.replace
+
+def die(path, target):
+    if Path(target).name == "last.ckpt" and ".new" not in Path(target).parts:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return replace(path, target)
+
+Path.replace = die
+sys.exit(main())
+"""
+
+
+class TestDataFolder:
+    """Nothing is written where it would be read as data."""
+
+    @pytest.fixture
+    def flowers(self, tmp_path: Path) -> Path:
+        """A set of two classes."""
+        for kind, shade in (("rose", 60), ("tulip", 200)):
+            folder = tmp_path / "flowers" / "train" / kind
+            folder.mkdir(parents=True)
+            for number in range(12):
+                Image.new("L", (8, 8), shade + number).save(folder / f"{number}.png")
+        return tmp_path / "flowers"
+
+    FLAGS = ("--img_size", 8, "--patch_size", 4, "--preset", "tiny", "--epochs", 1)
+
+    @pytest.mark.parametrize(
+        ("words", "flag"),
+        [
+            (("--dataset", "flowers", "--save_dir", "."), "save_dir"),
+            (("--dataset", "flowers", "--save_dir", "flowers/train"), "save_dir"),
+            (("--dataset", "{folder}", "--save_dir", "linked"), "save_dir"),
+            (("--dataset", "flowers", "--data_dir", ".", "--save_dir", "."), "save_dir"),
+            (("--dataset", "plants", "--data_dir", "flowers", "--save_dir", "flowers"), "save_dir"),
+            (("--dataset", "flowers", "--output_dir", "."), "output_dir"),
+            (("--dataset", "flowers", "--output_dir", "linked/flowers/train"), "output_dir"),
+        ],
+    )
+    def test_is_refused_before_work_begins(self, cli, tiny_flags, flowers, monkeypatch, snapshot, words, flag):
+        monkeypatch.chdir(flowers.parent)
+        Path("linked").symlink_to(flowers.parent)
+        before = snapshot(flowers)
+        named = [word.replace("{folder}", str(flowers)) for word in words]
+        result = cli("train_test", *tiny_flags, *self.FLAGS, *named)
+        assert (result.code, result.err.count("\n")) == (2, 1)
+        assert result.err.startswith(f"diffmoe: error: {flag} leads to ")
+        assert snapshot(flowers) == before
+        other = {"save_dir": "checkpoints", "output_dir": "visualizations"}[flag]
+        assert result.err.endswith(f"such as --{flag} {flowers}_{other}\n")
+
+    def test_what_is_proposed_is_right(self, cli, tiny_flags, flowers, monkeypatch, snapshot):
+        monkeypatch.chdir(flowers.parent)
+        before = snapshot(flowers)
+        where = ("--save_dir", f"{flowers}_checkpoints", "--output_dir", f"{flowers}_visualizations")
+        assert cli("train_test", *tiny_flags, *self.FLAGS, "--dataset", "flowers", *where).code == 0
+        assert snapshot(flowers) == before
+        model = ("--checkpoint", f"{flowers}_checkpoints/flowers_model.pth")
+        for argv in (
+            ("visualize", *model, "--dataset", "flowers"),
+            ("retrieve", "flowers", *model, "--text", "a rose"),
+            ("profile", *model, "--dataset", "flowers"),
+        ):
+            result = cli(*argv, "--output_dir", ".")
+            assert (result.code, result.err.count("\n")) == (2, 1)
+            assert result.err.startswith("diffmoe: error: output_dir leads to flowers, in flowers, the folder of the")
+            assert snapshot(flowers) == before
+
+    def test_a_made_set_has_no_folder(self, cli, tiny_flags, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        assert cli("train", *tiny_flags, "--epochs", 1, "--save_dir", ".").code == 0
+        assert cli("train", *tiny_flags, "--epochs", 1, "--save_dir", ".", "--resume").code == 0
 
 
 def test_names_come_from_the_last_part_of_a_path(tmp_path):

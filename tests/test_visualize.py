@@ -271,14 +271,16 @@ def test_a_set_of_the_same_name_with_other_classes(sparse: Trained, call: Cli, t
     shutil.copytree(sparse.data, tmp_path / "drawn")
     for split in ("train", "test"):
         (tmp_path / "drawn" / split / "c").rename(tmp_path / "drawn" / split / "d")
-    result = call("visualize", "--checkpoint", sparse.model, "--dataset", tmp_path / "drawn", "--output_dir", tmp_path)
+    where = ("--dataset", tmp_path / "drawn", "--output_dir", tmp_path / "out")
+    result = call("visualize", "--checkpoint", sparse.model, *where)
     assert result.code == 2
     assert "has other classes than those" in result.err
 
 
 def test_a_captioned_set_of_the_same_name(sparse: Trained, call: Cli, tmp_path: Path) -> None:
     make_captions(tmp_path / "drawn")
-    result = call("visualize", "--checkpoint", sparse.model, "--dataset", tmp_path / "drawn", "--output_dir", tmp_path)
+    where = ("--dataset", tmp_path / "drawn", "--output_dir", tmp_path / "out")
+    result = call("visualize", "--checkpoint", sparse.model, *where)
     assert result.code == 2
     assert "is for captions: this model was trained for classification" in result.err
 

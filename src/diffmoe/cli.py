@@ -142,11 +142,13 @@ def caption(argv: list[str]) -> int:
     parser = _parser("caption", "Write a caption for each picture.", images="+")
     parser.add_argument("--seed", type=int, default=0, help="of --decoding sample (default: 0)")
     parser.add_argument("--output_dir", default="visualizations/captions", help="for captions.json and captions.png")
+    parser.add_argument("--overwrite", action="store_true", help="replace files of these names that are not its own")
     args, rest = parser.parse_known_args(argv)
     given = parse_given("generation", rest, prog="diffmoe caption")
     from diffmoe.commands.caption import caption as run
 
-    written = run(args.images, args.checkpoint, given, seed=args.seed, output_dir=args.output_dir, device=args.device)
+    options = {name: getattr(args, name) for name in ("seed", "output_dir", "overwrite", "device")}
+    written = run(args.images, args.checkpoint, given, **options)
     results = [{"image": path, "caption": text} for path, text in zip(args.images, written, strict=True)]
     return _print(results, args.json, lambda rows: [print(f"{row['image']}: {row['caption']}") for row in rows])
 

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and where none may go."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from diffmoe.config import UserError
+from diffmoe.config import EMBEDDED_DATASETS, DataConfig, UserError, dataset_name
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -35,3 +35,27 @@ def check_writable(folder: Path) -> None:
         raise UserError(f"{folder} cannot be written: {standing} is a file")
     if not os.access(standing, os.W_OK | os.X_OK):
         raise UserError(f"{folder} cannot be written: no permission for {standing}")
+
+
+def check_outside_data(folder: Path, data: DataConfig, flag: str, default: str) -> None:
+    """Raises `UserError` where `folder` is that of the data or lies in it: what is written there would be read as data.
+
+    Links are followed. `flag` is the one that leads there, and `default` a name for what would be right.
+    """
+    place = _data_folder(data)
+    if place is not None and folder.resolve().is_relative_to(place.resolve()):
+        raise UserError(
+            f"{flag} leads to {folder}, in {place}, the folder of the data: what is written there would be read as "
+            f"data; give another, such as --{flag} {place.resolve()}_{default}"
+        )
+
+
+def _data_folder(data: DataConfig) -> Path | None:
+    """The folder that is looked through for the set; None where it is made here, or its table is named."""
+    if data.dataset in EMBEDDED_DATASETS:
+        return None
+    if data.data_dir is None:
+        named = Path(data.dataset).expanduser()
+        return None if named.is_file() else named
+    root = Path(data.data_dir).expanduser()
+    return named if (named := root / dataset_name(data.dataset)).is_dir() else root

@@ -10,6 +10,7 @@ import time
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,7 +58,7 @@ class TestAnswers:
         assert len(answers.zero_shot(picture, "\n".join(labels), "classifier.pth")) == 3
 
     def test_a_caption_is_that_of_the_command(self, folder, answers, picture, tmp_path):
-        where = {"output_dir": str(tmp_path), "device": "cpu"}
+        where: dict[str, Any] = {"output_dir": str(tmp_path), "device": "cpu"}
         (wanted,) = caption.caption([picture], checkpoint(folder, "captioner.pth"), {}, seed=0, **where)
         assert answers.caption(picture, "captioner.pth") == wanted
 

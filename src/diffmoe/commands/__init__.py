@@ -14,7 +14,7 @@ from diffmoe.commands import captions, classification
 from diffmoe.commands.preparation import pictures_folder
 from diffmoe.commands.training import train
 from diffmoe.data import check_dataset
-from diffmoe.files import check_writable
+from diffmoe.files import check_outside_data, check_writable
 from diffmoe.hardware import pick_device
 from diffmoe.runs import RunFiles
 from diffmoe.settings import Settings
@@ -29,15 +29,20 @@ TASKS: dict[str, ModuleType] = {"classification": classification, "captions": ca
 def run(settings: Settings) -> int:
     """Train, test, or both; returns the exit code."""
     pick_device(settings.run.device)
+    files, pictures = RunFiles(settings.data.dataset, settings.run.save_dir), pictures_folder(settings)
     if settings.mode != "train":
-        check_writable(pictures_folder(settings))
+        check_writable(pictures)
     task = TASKS[check_dataset(settings.data)]
+    check_outside_data(files.folder, settings.data, "save_dir", "checkpoints")
+    if settings.mode != "train":
+        check_outside_data(pictures, settings.data, "output_dir", "visualizations")
+        if task is captions:
+            captions.check_captions_file(pictures / captions.FILE, settings.run.overwrite)
     if settings.mode != "test":
         try:
             is_first_process = train(settings, task.prepare)
         except StopRequested as stop:
-            last = RunFiles(settings.data.dataset, settings.run.save_dir).last
-            print(f"stopped by {stop}, saved in {last}: the same command with --resume goes on", file=sys.stderr)
+            print(f"stopped by {stop}, saved in {files.last}: the same command with --resume goes on", file=sys.stderr)
             return 128 + stop.signal_number
         finally:
             if torch.distributed.is_initialized():
@@ -45,5 +50,6 @@ def run(settings: Settings) -> int:
         if not is_first_process:
             return 0
     if settings.mode != "train":
+        files.replace_earlier()
         task.test(settings)
     return 0

@@ -46,6 +46,8 @@ from diffmoe.objectives import CaptionObjective
 from diffmoe.settings import Settings
 from diffmoe.training import Metrics
 
+FILE = "captions.json"
+"""The captions that were written, in the folder for pictures."""
 SHEET = 12
 """Pictures on the sheet of captions."""
 
@@ -97,7 +99,7 @@ def test(settings: Settings) -> None:
     if data.name == "shapes":
         metrics |= _shapes_metrics(written, split, images, texts, image_of_text)
     parts.files.update_metrics({"dataset": data.name, "mode": settings.mode, **parameter_counts(model), **metrics})
-    save_captions(parts.pictures / "captions.json", range(len(written)), written, split.captions)
+    save_captions(parts.pictures / FILE, range(len(written)), written, split.captions)
     show = settings.visualization
     references = [captions[0] for captions in split.captions[:SHEET]]
     sheet = drawn.caption_sheet(split.images[torch.arange(len(references))], written[:SHEET], references)
@@ -157,8 +159,29 @@ def save_captions(
     rows: list[dict[str, Any]] = [{"image": name, "caption": c} for name, c in zip(names, written, strict=True)]
     for row, texts in zip(rows, references or (), strict=references is not None):
         row["references"] = list(texts)
-    text = json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
-    write_atomically(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+    write_atomically(path, lambda unfinished: unfinished.write_text(_as_text(rows), encoding="utf-8"))
+
+
+def check_captions_file(path: Path, overwrite: bool) -> None:
+    """Raises `UserError` where `path` is a file that `save_captions` did not write, unless told to `overwrite`."""
+    if path.exists() and not overwrite and not is_captions_file(path):
+        raise UserError(f"{path} is not one that this program wrote: give another --output_dir or --overwrite")
+
+
+def is_captions_file(path: Path) -> bool:
+    """Whether a file is as `save_captions` writes it: rows with its keys and no others, in its very layout."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        rows = json.loads(text)
+    except (OSError, ValueError):
+        return False
+    keys = (["image", "caption"], ["image", "caption", "references"])
+    known = isinstance(rows, list) and all(isinstance(row, dict) and list(row) in keys for row in rows)
+    return known and text == _as_text(rows)
+
+
+def _as_text(rows: list[dict[str, Any]]) -> str:
+    return json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
 
 
 def _in_order(

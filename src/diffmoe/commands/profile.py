@@ -14,7 +14,7 @@ import torch
 from diffmoe.commands.preparation import check_vocabulary, pictures_folder
 from diffmoe.commands.profile_subject import Subject, dense_twin, find_subject, with_checkpoint
 from diffmoe.config import UserError
-from diffmoe.files import check_writable, write_atomically
+from diffmoe.files import check_outside_data, check_writable, write_atomically
 from diffmoe.hardware import keep_freed_memory, make_fabric, use_fast_matmul
 from diffmoe.profiling.profile import Profile, Totals, profile_model
 from diffmoe.profiling.throughput import Contender, Head, ratio
@@ -30,6 +30,7 @@ def profile(settings: Settings, batch_sizes: Sequence[int], steps: int, trace: b
         raise UserError("device is 'mps': torch's profiler sees the parts on cpu and on cuda only")
     settings, loaded = with_checkpoint(settings)
     check_writable(pictures_folder(settings))
+    check_outside_data(pictures_folder(settings), settings.data, "output_dir", "visualizations")
     check_vocabulary(settings.model)
     fabric = make_fabric(dataclasses.replace(settings.run, num_devices=1))
     use_fast_matmul()

@@ -14,7 +14,7 @@ from diffmoe.commands.use import UsedModel, open_model
 from diffmoe.config import DataConfig, UserError, dataset_name
 from diffmoe.data import LazyImages, check_dataset, load_captions, load_dataset
 from diffmoe.data.folders import FilePictures, picture_files
-from diffmoe.files import check_writable
+from diffmoe.files import check_outside_data, check_writable
 from diffmoe.retrieval import Index, gallery_fingerprint, model_fingerprint
 
 
@@ -65,6 +65,7 @@ def retrieve(
         raise UserError("retrieve needs either --text, which asks for pictures, or --image, which asks for texts")
     folder = Path(output_dir) / dataset_name(gallery)
     check_writable(folder)
+    check_outside_data(folder, DataConfig(dataset=gallery, data_dir=data_dir), "output_dir", "visualizations")
     used = open_model(checkpoint, device)
     query = used.encode_texts([text]) if text is not None else used.encode_pictures(used.read([str(image)]))
     found = _open_gallery(used, gallery, data_dir, split)

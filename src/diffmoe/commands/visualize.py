@@ -18,7 +18,7 @@ from diffmoe.commands.use import UsedModel, open_model
 from diffmoe.config import DataConfig, UserError, VisualizationConfig, dataset_name
 from diffmoe.data import CaptionSplit, Split, check_dataset, load_captions, load_dataset
 from diffmoe.evaluation.embedding import sample
-from diffmoe.files import check_writable
+from diffmoe.files import check_outside_data, check_writable
 from diffmoe.model.heads import ImageClassifier
 from diffmoe.runs import RunFiles
 from diffmoe.visualization import figures
@@ -103,6 +103,7 @@ def visualize(
     name = dataset or used.info.dataset
     if dataset_name(name) != used.info.dataset:
         raise UserError(f"dataset is {name!r}: the model in {checkpoint} was trained on {used.info.dataset!r}")
+    check_outside_data(folder, DataConfig(dataset=name, data_dir=data_dir), "output_dir", "visualizations")
     run = RunFiles.beside(checkpoint)
     subject, all_pictures = _open_subject(used, DataConfig(dataset=name, data_dir=data_dir), split, run, show)
     saved: list[Path] = []

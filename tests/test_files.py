@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from diffmoe import checkpoint
-from diffmoe.config import UserError
-from diffmoe.files import check_writable, write_atomically
+from diffmoe.config import DataConfig, UserError
+from diffmoe.files import check_outside_data, check_writable, write_atomically
 
 
 def test_writes_and_makes_the_folder(tmp_path):
@@ -67,3 +67,24 @@ def test_a_full_disk_is_one_line_and_the_old_file_stays(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_table_that_is_named_and_a_made_set_have_no_folder(tmp_path, monkeypatch):
+    """Beside either, nothing is looked through: a table in the working folder leaves the defaults usable."""
+    monkeypatch.chdir(tmp_path)
+    Path("captions.csv").write_text("image,caption\n")
+    for dataset in ("captions.csv", "digits", "shapes"):
+        check_outside_data(Path("checkpoints") / dataset, DataConfig(dataset=dataset), "save_dir", "checkpoints")
+        check_outside_data(Path(dataset), DataConfig(dataset=dataset, data_dir=None), "save_dir", "checkpoints")
+
+
+def test_a_folder_beside_the_data_is_outside_it_and_one_that_the_hubs_name_would_find_is_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("data/flowers").mkdir(parents=True)
+    inside = DataConfig(dataset="flowers", data_dir="data")
+    check_outside_data(Path("data/runs/flowers"), inside, "save_dir", "checkpoints")
+    check_outside_data(Path("data/flowers2"), inside, "save_dir", "checkpoints")
+    with pytest.raises(UserError, match="save_dir leads to data/flowers, in data/flowers"):
+        check_outside_data(Path("data/flowers"), inside, "save_dir", "checkpoints")
+    with pytest.raises(UserError, match="save_dir leads to cifar10, in cifar10"):  # the next run would read it
+        check_outside_data(Path("cifar10"), DataConfig(dataset="cifar10"), "save_dir", "checkpoints")

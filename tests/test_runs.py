@@ -336,7 +336,6 @@ class TestReplacing:
         flags = [*own_run.flags, *ONE_EPOCH, "--save_dir", own_run.save_dir]
         with monkeypatch.context() as patch:
             patch.setattr(loop, "train_step", stop)
-            # Python's own handler kills: the second signal would come from the second step, which is not begun.
             assert cli("train", *flags, "--overwrite").code == 143
         assert own_run.model.read_bytes() != before
         assert {path.name for path in (own_run.save_dir / "digits").iterdir()} == {"last.ckpt"}

@@ -152,12 +152,12 @@ def test_an_index_of_another_gallery_is_named_and_kept(run: Written, cli: Cli, t
 
 def test_a_picture_finds_texts(run: Written, cli: Cli, tmp_path: Path) -> None:
     sentences = tmp_path / "sentences.txt"
-    sentences.write_text("a red circle\n\na blue square\n一只狗\n", encoding="utf-8")
+    sentences.write_text("\ufeffa red circle\n\na blue\u2028square\n一只狗", encoding="utf-8")
     flags = ("--checkpoint", run.model, "--output_dir", tmp_path / "out", "--device", "cpu", "--json")
     result = cli("retrieve", run.folder, "--image", run.pictures[0], "--sentences", sentences, *flags)
     assert result.code == 0, result.err
     found = json.loads(result.out)["results"]
-    assert {row["item"] for row in found} == {"a red circle", "a blue square", "一只狗"}
+    assert {row["item"] for row in found} == {"a red circle", "a blue\u2028square", "一只狗"}
     assert [row["similarity"] for row in found] == sorted((row["similarity"] for row in found), reverse=True)
 
 

@@ -187,6 +187,13 @@ def test_an_empty_split(tmp_path: Path, empty: str) -> None:
         load(tmp_path / "s")
 
 
+def test_a_split_under_two_names(parquet_folder: Path) -> None:
+    for name in ("valid-0.parquet", "val-0.parquet"):
+        write(parquet_folder / name, [png(0)], [0], NAMES)
+    with pytest.raises(UserError, match=r"greys has both val and valid, which are one split: keep one of them"):
+        check_dataset(DataConfig(dataset=str(parquet_folder)))
+
+
 def test_files_that_will_not_do(parquet_folder: Path, tmp_path: Path) -> None:
     (parquet_folder / "test-00000-of-00001.parquet").write_bytes(b"PAR1 broken")
     with pytest.raises(UserError, match=r"test-00000-of-00001\.parquet must be a Parquet file"):

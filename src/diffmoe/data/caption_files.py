@@ -57,7 +57,7 @@ def find_caption_files(place: Path) -> CaptionFiles | None:
     Raises `UserError` naming the file and line where a caption, a picture or a column is missing.
     """
     if place.is_file():
-        return _read_table(place) if place.suffix in TABLE_SUFFIXES else None
+        return _read_table(place) if has_table_suffix(place) else None
     if (place / FLICKR_TOKENS).is_file():
         return _read_flickr(place)
     tables = _tables(place)
@@ -72,8 +72,13 @@ def has_caption_files(folder: Path) -> bool:
     return (folder / FLICKR_TOKENS).is_file() or bool(_tables(folder))
 
 
+def has_table_suffix(path: Path) -> bool:
+    """Whether a file is a captions table by its name."""
+    return path.suffix in TABLE_SUFFIXES
+
+
 def _tables(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.glob("*")) if path.suffix in TABLE_SUFFIXES]
+    return [path for path in sorted(folder.glob("*")) if has_table_suffix(path)]
 
 
 def _read_table(path: Path) -> CaptionFiles:

@@ -51,6 +51,8 @@ class CaptionDataset:
     """A set of pictures with captions, in three splits that share no picture."""
 
     name: str
+    known_as: str
+    """As in `ImageDataset`."""
     train: CaptionSplit
     validation: CaptionSplit
     test: CaptionSplit

@@ -16,7 +16,7 @@ from diffmoe.config import UserError
 from diffmoe.data.captions import captions_in, check_captions
 from diffmoe.data.hub import load_hub
 from diffmoe.data.labels import LABEL_COLUMN, FileLabels, encode_labels, listed_names
-from diffmoe.data.splits import SPLIT_ALIASES, EncodedCaptions, EncodedSplit
+from diffmoe.data.splits import SPLIT_ALIASES, EncodedCaptions, EncodedSplit, check_one_alias
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -205,14 +205,23 @@ class HubSource:
 
 
 def parquet_files(folder: Path) -> dict[str, list[Path]]:
-    """The Parquet files of each split in `folder`, or in its `data/` as in a copy of a hub repository."""
+    """The Parquet files of each split in `folder`, or in its `data/` as in a copy of a hub repository.
+
+    Raises `UserError` where a split is there under two names.
+    """
     for place in (folder, folder / "data"):
         by_name: dict[str, list[Path]] = {}
         for path in sorted(place.glob("*.parquet")):
             by_name.setdefault(re.split(r"[-_.]", path.name)[0], []).append(path)
-        found = {split: [by_name[name] for name in names if name in by_name] for split, names in SPLIT_ALIASES.items()}
-        if found["train"]:
-            return {split: candidates[0] for split, candidates in found.items() if candidates}
+        if "train" not in by_name:
+            continue
+        files = {}
+        for split, aliases in SPLIT_ALIASES.items():
+            found = [alias for alias in aliases if alias in by_name]
+            check_one_alias(str(place), found)
+            if found:
+                files[split] = by_name[found[0]]
+        return files
     return {}
 
 

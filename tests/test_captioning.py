@@ -14,7 +14,7 @@ from PIL import Image
 
 from diffmoe import Captioner, load_model
 from diffmoe.cli import main
-from diffmoe.commands import training
+from diffmoe.commands import captions, training
 from diffmoe.commands.captions import is_captions_file, save_captions
 from diffmoe.data import shapes
 
@@ -63,6 +63,21 @@ def test_training_leaves_a_model_that_loads_alone_and_the_promised_metrics(run: 
     promised = {"dataset", "mode", "seed", "epochs", "steps", "images_per_second", "train_seconds", "val_accuracy"}
     assert metrics.keys() >= promised | {"parameters_total", "parameters_active"}
     assert (metrics["epochs"], metrics["steps"]) == (2, 6)
+
+
+def test_captions_of_ones_own_shapes_are_not_judged_as_the_drawn_ones(
+    run: Written, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(captions, "score_captions", lambda *_: {})  # METEOR's Java takes seconds
+    (tmp_path / "sets").mkdir()
+    (tmp_path / "sets" / "shapes").symlink_to(run.folder)
+    where = ("--save_dir", tmp_path / "own", "--output_dir", tmp_path, "--data_dir", tmp_path / "sets")
+    result = cli("test", "--dataset", "shapes", "--checkpoint", run.model, *where, "--device", "cpu")
+    assert result.code == 0, result.err
+    assert "test, 8 pictures" in result.out
+    metrics = json.loads((tmp_path / "own" / "shapes" / "metrics.json").read_text())
+    assert metrics["dataset"] == "shapes"
+    assert not [name for name in metrics if name.startswith("captions_right")]
 
 
 def test_testing_adds_captions_retrieval_and_pictures(run: Written, cli: Cli, tmp_path: Path) -> None:
@@ -210,12 +225,12 @@ def test_an_index_of_another_gallery_is_named_and_kept(run: Written, cli: Cli, t
 
 def test_a_picture_finds_texts(run: Written, cli: Cli, tmp_path: Path) -> None:
     sentences = tmp_path / "sentences.txt"
-    sentences.write_text("a red circle\n\na blue square\n一只狗\n", encoding="utf-8")
+    sentences.write_text("\ufeffa red circle\n\na blue\u2028square\n一只狗", encoding="utf-8")
     flags = ("--checkpoint", run.model, "--output_dir", tmp_path / "out", "--device", "cpu", "--json")
     result = cli("retrieve", run.folder, "--image", run.pictures[0], "--sentences", sentences, *flags)
     assert result.code == 0, result.err
     found = json.loads(result.out)["results"]
-    assert {row["item"] for row in found} == {"a red circle", "a blue square", "一只狗"}
+    assert {row["item"] for row in found} == {"a red circle", "a blue\u2028square", "一只狗"}
     assert [row["similarity"] for row in found] == sorted((row["similarity"] for row in found), reverse=True)
 
 

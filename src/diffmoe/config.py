@@ -217,7 +217,8 @@ class DataConfig:
     """digits, shapes, fashion_mnist, cifar10, flickr8k, a folder DIR/train/<class>/*.jpg or with a captions table,
     or a hub name such as owner/name."""
     data_dir: str | None = None
-    """Folder that holds <dataset>/*.parquet or <dataset>/train/<class>/*; without it the set comes from the hub."""
+    """Folder that holds <dataset>/*.parquet, <dataset>/train/<class>/* or a captions table, or is that folder; without
+    it the set comes from the hub. A set of your own in it may be called digits or shapes."""
     val_fraction: float = 0.1
     """Share of train held out for validation, by class, where the set has no validation split."""
     test_fraction: float = 0.2
@@ -241,6 +242,11 @@ class DataConfig:
         _check(self.test_fraction > 0, "test_fraction", self.test_fraction, "over 0")
         _check_at_least(self, 0, "crop_padding", "max_memory_gb", "num_workers", "split_seed")
         _check_at_most(self, MAX_SEED, "split_seed")
+
+    @property
+    def built_in(self) -> bool:
+        """Whether the program brings the set: what `data_dir` holds is the user's own, whatever it is called."""
+        return self.dataset in EMBEDDED_DATASETS and self.data_dir is None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from diffmoe.config import (
+    EMBEDDED_DATASETS,
     DataConfig,
     GenerationConfig,
     ModelConfig,
@@ -75,7 +76,8 @@ def parse_settings(argv: Sequence[str], prog: str = "diffmoe", mode: str | None 
     given = frozenset(word[2:].split("=")[0] for word in argv if word.startswith("--")) & set(FIELDS)
     parser = build_parser(prog, mode)
     first = _parse(parser, argv)  # tells the dataset and the preset, which bring defaults of their own
-    parser.set_defaults(recipe(first.dataset, first.preset))
+    own = first.dataset in EMBEDDED_DATASETS and first.data_dir is not None  # called like a built-in set, but not it
+    parser.set_defaults(recipe("folder" if own else first.dataset, first.preset))
     parsed = _parse(parser, argv)
     groups: dict[str, Any] = {
         name: group(**{field.name: parsed[field.name] for field in dataclasses.fields(group)})

@@ -202,6 +202,27 @@ def test_the_original_flickr8k_layout(folder: Path) -> None:
     assert (pairs(data.validation).keys(), pairs(data.test).keys()) == ({3}, {4})
 
 
+def test_a_last_line_needs_no_line_end(folder: Path) -> None:
+    splits = ["train"] * 8 + ["validation", "test"]
+    table = [[f"pictures/{n}.png", f"grey {n}", splits[n]] for n in range(10)]
+    for name in ("captions.csv", "captions.jsonl"):
+        rows = [["image", "caption", "split"], *table]
+        lines = [json.dumps(dict(zip(rows[0], row, strict=True))) for row in table]
+        text = "\n".join(lines if name.endswith("l") else map(",".join, rows))
+        (folder / name).write_text(text, encoding="utf-8-sig")
+        assert pairs(load(folder).test) == {9: ("grey 9",)}
+        (folder / name).unlink()
+    flickr(folder)
+    for path in folder.glob("*.txt"):
+        path.write_text("\n\n" + path.read_text("utf-8").removesuffix("\n"), encoding="utf-8-sig")
+    data = load(folder)
+    assert pairs(data.train) == {n: tuple(f"grey {n} number {k} ." for k in range(5)) for n in range(3)}
+    assert pairs(data.test) == {4: tuple(f"grey 4 number {k} ." for k in range(5))}
+    (folder / "Flickr_8k.testImages.txt").write_text("\n4.jpg\n\n1.jpg", encoding="utf-8")
+    with pytest.raises(UserError, match=r"testImages.txt line 4: 1.jpg is in train already"):
+        load(folder)
+
+
 @pytest.mark.parametrize(
     ("train", "test", "message"),
     [
@@ -276,6 +297,7 @@ def test_hard_texts_go_through(folder: Path) -> None:
         ),
         ([["image", "caption", "split"], ["pictures/0.png", "a", "test"]], r"has no pictures to train on"),
         ([["image", "caption"]], r"has no pictures to train on"),
+        ([["image", "caption"], ["word " * 99, "a"]], r"captions.csv line 2: there is no picture .*word"),
     ],
 )
 def test_a_table_that_will_not_do(folder: Path, rows: list[list[str]], message: str) -> None:
@@ -298,7 +320,20 @@ def test_files_that_will_not_do(folder: Path, tmp_path: Path) -> None:
     (folder / "two.jsonl").write_text('["a"]\n')
     with pytest.raises(UserError, match=r"two.jsonl line 1 must be an object such as"):
         load(folder)
+    for caption, message in (
+        ([["a"], None], r"two.jsonl line 1 has the caption \['a'\] \(number 0\): it must be text"),
+        (["a", None], r"two.jsonl line 1 has an empty caption \(number 1\)"),
+        ({"raw": "a"}, r"two.jsonl line 1 has the caption {'raw': 'a'} \(number 0\): it must be text"),
+    ):
+        (folder / "two.jsonl").write_text(json.dumps({"image": "pictures/0.png", "caption": caption}))
+        with pytest.raises(UserError, match=message):
+            load(folder)
+    (folder / "captions.jsonl").write_text("")
+    (folder / "captions.csv").write_text("")
+    with pytest.raises(UserError, match=r"holds 2 tables"):
+        load(folder)
     for columns, message in (
+        ({"caption": [1, 2]}, r"train-0.parquet row 0 has the caption 1 \(number 0\): it must be text"),
         ({"caption_0": ["a", None]}, r"train-0.parquet row 1 has an empty caption \(number 0\)"),
         ({"captions": [["a"], []]}, r"train-0.parquet row 1 has no caption: a picture must have at least one"),
     ):

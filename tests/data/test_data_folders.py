@@ -89,6 +89,7 @@ def test_a_damaged_picture_is_named_by_its_path(picture_folder: Path) -> None:
 
 
 def test_mistakes_in_the_layout(picture_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(picture_folder, tmp_path / "whole")
     (picture_folder / "train/fish").mkdir()
     with pytest.raises(UserError, match="train/fish holds no pictures"):
         load(picture_folder)
@@ -101,6 +102,11 @@ def test_mistakes_in_the_layout(picture_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "flat/train").mkdir(parents=True)
     with pytest.raises(UserError, match="flat/train has no class folders"):
         load(tmp_path / "flat")
+
+    shutil.copytree(tmp_path / "whole/test", tmp_path / "whole/val")
+    shutil.copytree(tmp_path / "whole/test", tmp_path / "whole/validation")
+    with pytest.raises(UserError, match=r"whole has both validation and val, which are one split: keep one of them"):
+        load(tmp_path / "whole")
 
     (tmp_path / "nothing").mkdir()
     with pytest.raises(UserError, match=r"nothing holds no dataset: it must hold train-\*\.parquet"):

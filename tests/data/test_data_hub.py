@@ -14,7 +14,7 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 from PIL import Image
 
 from diffmoe.config import DataConfig, UserError
-from diffmoe.data import check_dataset, hub, load_dataset
+from diffmoe.data import check_dataset, hub, load_dataset, sources, tables
 
 CIFAR10 = DataConfig(dataset="cifar10")
 
@@ -55,10 +55,55 @@ def test_a_download_that_breaks_off(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConnectionError("connection lost\nand a long story")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: None)
-    monkeypatch.setattr(datasets, "load_dataset", download)
+    monkeypatch.setattr(datasets, "load_dataset_builder", download)
     with pytest.raises(UserError, match="connection lost") as caught:
         load_dataset(CIFAR10, img_size=8, in_channels=3)
     assert "\n" not in str(caught.value)
+
+
+def pets(*names: str) -> datasets.Dataset:
+    """12 pictures, each second one of a dog, however `names` number them."""
+    pictures = [Image.new("L", (8, 8), grey) for grey in range(12)]
+    labels = [names.index(("cat", "dog")[grey % 2]) for grey in range(12)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(names))})
+    return datasets.Dataset.from_dict({"image": pictures, "label": labels}, features=features)
+
+
+def download(monkeypatch: pytest.MonkeyPatch, **files: Path) -> None:
+    """Make the hub answer with these files, one for each split."""
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: None)
+    given = {split: str(path) for split, path in files.items()}
+    builder = Parquet(dataset_name="pets", hash="0123456789abcdef", data_files=given)
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda _: builder)
+
+
+def test_splits_that_number_the_classes_in_different_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    splits = {"train": pets("cat", "dog"), "test": pets("dog", "cat")}
+    monkeypatch.setattr(tables, "load_hub", lambda _: splits)
+    monkeypatch.setattr(sources, "check_hub", lambda _: None)
+    data = load_dataset(DataConfig(dataset="owner/pets"), img_size=8, in_channels=1)
+    for split in (data.train, data.validation, data.test):
+        assert (split.images[:][:, 0, 0, 0] % 2).tolist() == split.labels.tolist()
+
+
+def test_downloaded_files_that_number_the_classes_in_different_ways(
+    tmp_path: Path, caches: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library would read the second with the first one's names: it is not let to, and its cache stays empty."""
+    train, test, same = tmp_path / "train.parquet", tmp_path / "test.parquet", tmp_path / "same.parquet"
+    pets("cat", "dog").to_parquet(train)
+    pets("dog", "cat").to_parquet(test)
+    pets("cat", "dog").to_parquet(same)
+    config = DataConfig(dataset="owner/pets")
+    download(monkeypatch, train=train, test=test)
+    message = r"owner/pets on the hub has files that number .*, such as test.parquet: download .* from DIR/pets/"
+    with pytest.raises(UserError, match=message):
+        load_dataset(config, img_size=8, in_channels=1)
+    assert not list(caches.rglob("*.arrow"))
+    download(monkeypatch, train=train, test=same)
+    data = load_dataset(config, img_size=8, in_channels=1)
+    assert (data.test.images[:][:, 0, 0, 0] % 2).tolist() == data.test.labels.tolist()
+    assert list(caches.rglob("*.arrow"))
 
 
 def test_what_the_library_has_cached_needs_no_network(tmp_path: Path, caches: Path) -> None:

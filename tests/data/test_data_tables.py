@@ -137,6 +137,46 @@ def test_a_test_label_that_train_does_not_have(tmp_path: Path) -> None:
         load(tmp_path / "s")
 
 
+@pytest.mark.parametrize("max_memory_gb", [4.0, 0.0])
+def test_each_file_is_read_with_its_own_names(parquet_folder: Path, max_memory_gb: float) -> None:
+    """Grey r is of class r % 3 throughout; the second file of train and that of test number the classes otherwise."""
+    other, texts = ["blue", "red", "green"], "train-00002-of-00003.parquet"
+    write(
+        parquet_folder / "train-00001-of-00002.parquet",
+        [png(r) for r in range(20, 30)],
+        pa.array([other.index(NAMES[r % 3]) for r in range(20, 30)], pa.int32()),
+        other,
+    )
+    write(parquet_folder / texts, [png(r) for r in range(30, 36)], [NAMES[r % 3] for r in range(30, 36)])
+    test = parquet_folder / "test-00000-of-00001.parquet"
+    write(test, [png(r) for r in range(99, 105)], [other.index(NAMES[r % 3]) for r in range(99, 105)], other)
+    for _ in range(2):  # the second time from the cache
+        data = load(parquet_folder, max_memory_gb=max_memory_gb)
+        assert data.class_names == tuple(NAMES)
+        assert greys(data.test) == list(range(99, 105))
+        assert sorted(greys(data.train) + greys(data.validation)) == list(range(36))
+        for split in (data.train, data.validation, data.test):
+            assert [grey % 3 for grey in greys(split)] == split.labels.tolist()
+    write(test, [png(r) for r in range(99, 105)], [0, 1, 2, 0, 1, 2], ["red", "teal", "blue"])
+    with pytest.raises(UserError, match=rf"{test.name} row 1 has the label 'teal': it must be one of 'red' to 'blue'"):
+        load(parquet_folder, max_memory_gb=max_memory_gb)
+
+
+def test_files_of_a_split_have_the_same_columns(tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    columns = {"image": [png(0)] * 3, "caption_0": ["a"] * 3}
+    pq.write_table(pa.table(columns), tmp_path / "s/train-0.parquet")
+    pq.write_table(pa.table({**columns, "caption_1": ["b"] * 3}), tmp_path / "s/train-1.parquet")
+    with pytest.raises(
+        UserError, match=r"train-1\.parquet has image, caption_0, caption_1, but .*0\.parquet has image, c"
+    ):
+        check_dataset(DataConfig(dataset=str(tmp_path / "s")))
+    (tmp_path / "s/train-1.parquet").unlink()
+    pq.write_table(pa.table({"image": [png(0)], "label": [0]}), tmp_path / "s/test-0.parquet")
+    with pytest.raises(UserError, match=r"test-0\.parquet has image, label, but .*: both must be of one kind"):
+        check_dataset(DataConfig(dataset=str(tmp_path / "s")))
+
+
 @pytest.mark.parametrize("empty", ["train", "test"])
 def test_an_empty_split(tmp_path: Path, empty: str) -> None:
     for split in ("train", "test"):
@@ -145,6 +185,13 @@ def test_an_empty_split(tmp_path: Path, empty: str) -> None:
         write(tmp_path / f"s/{split}-0.parquet", [png(r) for r in range(rows)], labels, NAMES)
     with pytest.raises(UserError, match=f"has an empty {empty} split"):
         load(tmp_path / "s")
+
+
+def test_a_split_under_two_names(parquet_folder: Path) -> None:
+    for name in ("valid-0.parquet", "val-0.parquet"):
+        write(parquet_folder / name, [png(0)], [0], NAMES)
+    with pytest.raises(UserError, match=r"greys has both val and valid, which are one split: keep one of them"):
+        check_dataset(DataConfig(dataset=str(parquet_folder)))
 
 
 def test_files_that_will_not_do(parquet_folder: Path, tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def test(settings: Settings) -> None:
     scores = _validate(model, _in_order(split, info, max_len, parts.device, settings.data.num_workers))
     metrics = {name.replace("val_", "test_"): value for name, value in scores.items() if "_r1" not in name}
     metrics |= score_captions(written, split.captions) | retrieval_metrics(images, texts, image_of_text)
-    if data.name == "shapes":
+    if data.known_as == "shapes":
         metrics |= _shapes_metrics(written, split, images, texts, image_of_text)
     parts.files.update_metrics({"dataset": data.name, "mode": settings.mode, **parameter_counts(model), **metrics})
     save_captions(parts.pictures / FILE, range(len(written)), written, split.captions)

@@ -43,7 +43,7 @@ def prepare(settings: Settings, fabric: Fabric) -> TrainingParts:
     )
     validation = _in_order(data.validation, info, fabric.device, settings.data.num_workers)
     torch.manual_seed(config.seed)
-    tokens, mask = class_tokens(data.name, data.class_names, settings.model.max_text_len)
+    tokens, mask = class_tokens(data.known_as, data.class_names, settings.model.max_text_len)
     model = ImageClassifier(_with_classes(settings, data), tokens, mask)
     summary = (
         f"{data.name}: {len(data.train):,} training, {len(data.validation):,} validation and {len(data.test):,} test "

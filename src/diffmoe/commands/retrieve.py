@@ -14,6 +14,7 @@ from diffmoe.commands.use import UsedModel, open_model
 from diffmoe.config import DataConfig, UserError, dataset_name
 from diffmoe.data import LazyImages, check_dataset, load_captions, load_dataset
 from diffmoe.data.folders import FilePictures, picture_files
+from diffmoe.data.text_files import read_lines
 from diffmoe.files import check_outside_data, check_writable
 from diffmoe.retrieval import Index, gallery_fingerprint, model_fingerprint
 
@@ -114,13 +115,7 @@ def _texts(gallery: Gallery, sentences: str | None) -> tuple[str, ...]:
         if not gallery.texts:
             raise UserError("image asks for texts, and this gallery has no captions: give --sentences FILE, one a line")
         return gallery.texts
-    try:
-        lines = Path(sentences).read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{sentences} is not UTF-8: save the file as UTF-8") from error
-    except OSError as error:
-        raise UserError(f"{sentences}: {error.strerror or error}") from error
-    texts = tuple(line.strip() for line in lines if line.strip())
+    texts = tuple(line.strip() for _, line in read_lines(Path(sentences)))
     if not texts:
         raise UserError(f"{sentences} is empty: it must have a sentence on each line")
     return texts

@@ -13,7 +13,7 @@ from diffmoe.files import write_atomically
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Part of every file's name: raise it when decoding or the layout changes, and old files are no longer read."""
 
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from diffmoe.config import UserError
-from diffmoe.data.captions import check_captions
+from diffmoe.data.captions import captions_in, check_captions
 from diffmoe.data.folders import FilePictures
 from diffmoe.data.splits import SPLIT_ALIASES, EncodedCaptions
 from diffmoe.data.tables import caption_columns
+from diffmoe.data.text_files import read_csv, read_json_lines, read_lines
 
 TABLE_SUFFIXES = (".csv", ".jsonl")
 FLICKR_TOKENS = "Flickr8k.token.txt"
@@ -58,14 +57,14 @@ def find_caption_files(place: Path) -> CaptionFiles | None:
     Raises `UserError` naming the file and line where a caption, a picture or a column is missing.
     """
     if place.is_file():
-        return _read_table(place) if place.suffix in TABLE_SUFFIXES else None
+        return _read_table(place) if has_table_suffix(place) else None
     if (place / FLICKR_TOKENS).is_file():
         return _read_flickr(place)
     tables = _tables(place)
-    named = [path for path in tables if path.stem == "captions"]
-    if len(tables) > 1 and not named:
+    tables = [path for path in tables if path.stem == "captions"] or tables
+    if len(tables) > 1:
         raise UserError(f"{place} holds {len(tables)} tables: name the one with the captions captions.csv or .jsonl")
-    return _read_table((named or tables)[0]) if tables else None
+    return _read_table(tables[0]) if tables else None
 
 
 def has_caption_files(folder: Path) -> bool:
@@ -73,18 +72,23 @@ def has_caption_files(folder: Path) -> bool:
     return (folder / FLICKR_TOKENS).is_file() or bool(_tables(folder))
 
 
+def has_table_suffix(path: Path) -> bool:
+    """Whether a file is a captions table by its name."""
+    return path.suffix in TABLE_SUFFIXES
+
+
 def _tables(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.glob("*")) if path.suffix in TABLE_SUFFIXES]
+    return [path for path in sorted(folder.glob("*")) if has_table_suffix(path)]
 
 
 def _read_table(path: Path) -> CaptionFiles:
     """`image` and `caption...` columns, a row or several for each picture, and, if there is one, `split`."""
-    rows = _json_lines(path) if path.suffix == ".jsonl" else _csv_rows(path)
+    rows = read_json_lines(path) if path.suffix == ".jsonl" else read_csv(path, "image")
     captions: dict[str, dict[str, tuple[str, ...]]] = {}
     split_of: dict[str, str] = {}
     for number, row in rows:
         where = f"{path} line {number}"
-        texts = [text for name in caption_columns(row) for text in _texts(row[name])]
+        texts = captions_in(row[name] for name in caption_columns(row))
         if "image" not in row or not caption_columns(row):
             raise UserError(
                 f"{where} has {', '.join(row)}: it must have image and caption, or caption_0, caption_1, ..."
@@ -93,7 +97,7 @@ def _read_table(path: Path) -> CaptionFiles:
         check_captions([texts], lambda _, where=where: where)
         if split_of.setdefault(name, split) != split:
             raise UserError(f"{where} puts {name} in {split}, but it is in {split_of[name]} already: choose one")
-        if not (path.parent / name).is_file():
+        if not os.path.isfile(path.parent / name):  # Path's own raises on a name that is too long
             raise UserError(f"{where}: there is no picture {path.parent / name}")
         of_split = captions.setdefault(split, {})
         of_split[name] = (*of_split.get(name, ()), *texts)
@@ -104,10 +108,6 @@ def _read_table(path: Path) -> CaptionFiles:
     return CaptionFiles(path.parent, captions)
 
 
-def _texts(cell: Any) -> list[str]:
-    return [str(text) for text in cell] if isinstance(cell, list) else ["" if cell is None else str(cell)]
-
-
 def _split_name(name: str, where: str) -> str:
     for split, aliases in SPLIT_ALIASES.items():
         if name in aliases:
@@ -115,41 +115,12 @@ def _split_name(name: str, where: str) -> str:
     raise UserError(f"{where} has the split {name!r}: it must be train, validation or test")
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(_lines(path), restkey="")
-    for row in reader:
-        if "" in row:
-            raise UserError(f"{path} line {reader.line_num} has more cells than the head: quote captions with commas")
-        yield reader.line_num, {name: value for name, value in row.items() if value is not None}
-
-
-def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(_lines(path), 1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path} line {number} is not valid JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{path} line {number} must be an object such as {{'image': 'a.jpg', 'caption': '...'}}")
-        yield number, row
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8-sig").split("\n")[:-1]
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise UserError(f"{path} line {line} is not UTF-8: save the file as UTF-8") from error
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from error
-
-
 def _read_flickr(root: Path) -> CaptionFiles:
     folders = [folder for name in FLICKR_FOLDERS if (folder := root / name).is_dir()]
     if not folders:
         raise UserError(f"{root} has {FLICKR_TOKENS} but no {' or '.join(FLICKR_FOLDERS)}: the pictures must be there")
     captions: dict[str, list[str]] = {}
-    for number, line in enumerate(_lines(root / FLICKR_TOKENS), 1):
+    for number, line in read_lines(root / FLICKR_TOKENS):
         name, tab, text = line.partition("\t")
         if not tab or not text.strip():
             raise UserError(f"{root / FLICKR_TOKENS} line {number} has no caption: it must be 'name.jpg#0<tab>caption'")
@@ -159,12 +130,13 @@ def _read_flickr(root: Path) -> CaptionFiles:
     for split, part in FLICKR_LISTS.items():
         path = root / f"Flickr_8k.{part}.txt"
         splits[split] = {}
-        for number, name in enumerate(filter(None, map(str.strip, _lines(path))), 1):
+        for number, line in read_lines(path):
+            name = line.strip()
             if name not in captions:
                 raise UserError(f"{path} line {number}: {name} has no caption in {FLICKR_TOKENS}")
             if name in seen:
                 raise UserError(f"{path} line {number}: {name} is in {seen[name]} already: choose one")
-            if not (folders[0] / name).is_file():
+            if not os.path.isfile(folders[0] / name):
                 raise UserError(f"{path} line {number}: there is no picture {folders[0] / name}")
             seen[name] = split
             splits[split][name] = tuple(captions[name])

@@ -6,7 +6,7 @@ Shapes: N pictures, B pictures of a batch, M captions in all, T text tokens.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -51,6 +51,8 @@ class CaptionDataset:
     """A set of pictures with captions, in three splits that share no picture."""
 
     name: str
+    known_as: str
+    """As in `ImageDataset`."""
     train: CaptionSplit
     validation: CaptionSplit
     test: CaptionSplit
@@ -135,11 +137,18 @@ def _warn_of_cut(tokens: Tensor, max_text_len: int) -> None:
         )
 
 
-def check_captions(captions: Sequence[Sequence[str | None]], where: Callable[[int], str]) -> None:
-    """Raises `UserError` naming by `where(row)` the first picture that has no caption, or a blank one."""
+def captions_in(cells: Iterable[Any]) -> list[Any]:
+    """The captions in one row's cells, each a text or a list of texts; `check_captions` looks at what they are."""
+    return [text for cell in cells for text in (cell if isinstance(cell, list) else [cell])]
+
+
+def check_captions(captions: Sequence[Sequence[Any]], where: Callable[[int], str]) -> None:
+    """Raises `UserError` naming by `where(row)` the first picture without captions, or with one that is no text."""
     for row, texts in enumerate(captions):
         if not texts:
             raise UserError(f"{where(row)} has no caption: a picture must have at least one")
         for number, text in enumerate(texts):
-            if text is None or not text.strip():
+            if text is None or (isinstance(text, str) and not text.strip()):
                 raise UserError(f"{where(row)} has an empty caption (number {number}): write one or remove the picture")
+            if not isinstance(text, str):
+                raise UserError(f"{where(row)} has the caption {text!r} (number {number}): it must be text")

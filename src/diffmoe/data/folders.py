@@ -12,7 +12,7 @@ import torch
 
 from diffmoe.config import UserError, nearest
 from diffmoe.data.pictures import PICTURE_SUFFIXES
-from diffmoe.data.splits import SPLIT_ALIASES, EncodedSplit
+from diffmoe.data.splits import SPLIT_ALIASES, EncodedSplit, check_one_alias
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,9 @@ def _split_folders(root: Path) -> dict[str, Path]:
         return {"train": root}
     folders = {}
     for split, aliases in SPLIT_ALIASES.items():
-        if found := [root / alias for alias in aliases if (root / alias).is_dir()]:
+        found = [root / alias for alias in aliases if (root / alias).is_dir()]
+        check_one_alias(str(root), [folder.name for folder in found])
+        if found:
             folders[split] = found[0]
     return folders
 

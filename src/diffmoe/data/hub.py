@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffmoe.config import UserError, dataset_name
+from diffmoe.data.labels import listed_names
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, DatasetBuilder
 
 REQUEST_SECONDS = 5
 PATIENCE_SECONDS = 8
@@ -68,12 +70,41 @@ def load_hub(name: str) -> dict[str, Dataset]:
         splits = cached.as_dataset()
     else:
         try:
-            splits = datasets.load_dataset(name)
+            builder = datasets.load_dataset_builder(name)
+            _check_label_names(name, builder)
+            builder.download_and_prepare()
+            splits = builder.as_dataset()
+        except UserError:
+            raise
         except Exception as error:  # anything from a lost connection to a script that is no longer run
             raise _unreachable(name, error) from error
     if not isinstance(splits, datasets.DatasetDict):
         raise UserError(f"{name} on the hub has no splits: it must have a train split")
     return {str(split): dataset for split, dataset in splits.items()}
+
+
+def _check_label_names(name: str, builder: DatasetBuilder) -> None:
+    """Raises `UserError` where Parquet files of a set call their label numbers otherwise than the first of them does.
+
+    The library reads them all with one list of names. Downloads them, as preparing the set does next.
+    """
+    import pyarrow.parquet as pq
+    from datasets import DownloadConfig, DownloadManager
+    from datasets.packaged_modules.parquet.parquet import Parquet
+
+    if not isinstance(builder, Parquet):
+        return
+    files = list(itertools.chain.from_iterable((builder.config.data_files or {}).values()))
+    manager = DownloadManager(dataset_name=name, download_config=DownloadConfig(), base_path=builder.base_path)
+    first = None
+    for path in manager.download(files):
+        names = listed_names(pq.read_schema(path))
+        first = first or names
+        if names and names != first:
+            raise UserError(
+                f"{name} on the hub has files that number the classes in different ways, such as {Path(path).name}: "
+                f"download them, and read them with --data_dir DIR from DIR/{dataset_name(name)}/"
+            )
 
 
 def is_cached(name: str) -> bool:

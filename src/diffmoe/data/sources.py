@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, cast
@@ -14,7 +16,7 @@ from torch import Tensor
 from diffmoe.config import EMBEDDED_DATASETS, HUB_DATASETS, DataConfig, UserError, dataset_name, nearest
 from diffmoe.data import shapes
 from diffmoe.data.cache import cache_path, read_cache, write_cache
-from diffmoe.data.caption_files import find_caption_files, has_caption_files
+from diffmoe.data.caption_files import find_caption_files, has_caption_files, has_table_suffix
 from diffmoe.data.captions import CaptionDataset, CaptionSplit
 from diffmoe.data.folders import FolderSource, has_class_folders
 from diffmoe.data.hub import check_hub
@@ -27,8 +29,11 @@ from diffmoe.data.splits import (
     channel_statistics,
     hold_out,
     hold_out_indices,
+    settings_without_effect,
 )
 from diffmoe.data.tables import HubSource, ParquetSource, parquet_files
+
+log = logging.getLogger(__name__)
 
 __all__ = ["ImageDataset", "Split", "Task", "check_dataset", "load_dataset", "read_picture"]
 
@@ -41,6 +46,8 @@ class ImageDataset:
     """A classification set, in three disjoint splits."""
 
     name: str
+    known_as: str
+    """The name, where what the program knows of a set so called holds for this one: not for one's own `digits`."""
     class_names: tuple[str, ...]
     train: Split
     validation: Split
@@ -95,7 +102,7 @@ def check_dataset(config: DataConfig) -> Task:
 
 def _open(config: DataConfig, wanted: Task | None = None) -> tuple[Task, Source | None]:
     """What the set teaches, which must be `wanted`, and where it is: None for one that the program makes."""
-    source = None if config.dataset in EMBEDDED_DATASETS else find_source(config)
+    source = None if config.built_in else find_source(config)
     has_captions = config.dataset == "shapes" if source is None else source.has_captions
     task: Task = "captions" if has_captions else "classification"
     if wanted is not None and task != wanted:
@@ -148,16 +155,21 @@ def _fits_in_memory(source: Source, config: DataConfig, img_size: int, in_channe
 def find_source(config: DataConfig) -> Source:
     """Where the set is: `data_dir/<dataset>`, `data_dir` itself, a folder that `dataset` names, or the hub.
 
-    Raises `UserError` where it is nowhere; with `data_dir` the hub is never asked.
+    Raises `UserError` where it is nowhere, or named twice; with `data_dir` the hub is never asked.
     """
     name = config.dataset
-    if config.data_dir is not None:
-        return _open_folder(_find_in(Path(config.data_dir).expanduser(), dataset_name(name)))
     folder = Path(name).expanduser()
-    if folder.is_file() and (captions := find_caption_files(folder)):
-        return captions
+    if config.data_dir is not None:
+        found = _find_in(Path(config.data_dir).expanduser(), name)
+        if "/" in name and folder.exists() and not folder.samefile(found):
+            raise UserError(
+                f"dataset is {name!r}, which is there, and data_dir holds {str(found)!r}: give one of the two"
+            )
+        return _open_place(found)
+    if folder.is_file() and has_table_suffix(folder):
+        return _open_place(folder)
     if folder.is_dir() and (name not in HUB_DATASETS or _holds_set(folder)):
-        return _open_folder(folder)
+        return _open_place(folder)
     if name not in HUB_DATASETS and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         known = (*EMBEDDED_DATASETS, *HUB_DATASETS)
         raise UserError(
@@ -169,17 +181,23 @@ def find_source(config: DataConfig) -> Source:
     return HubSource(hub_name)
 
 
-def _find_in(data_dir: Path, name: str) -> Path:
+def _find_in(data_dir: Path, dataset: str) -> Path:
+    name = dataset_name(dataset)
     if not data_dir.is_dir():
         raise UserError(f"data_dir is {str(data_dir)!r}: it must be a folder that exists")
-    if (data_dir / name).is_dir():
-        return data_dir / name
+    place = data_dir / name
+    if place.is_dir() or (place.is_file() and has_table_suffix(place)):
+        return place
     if _holds_set(data_dir):
         return data_dir
+    if dataset in EMBEDDED_DATASETS:
+        raise UserError(
+            f"data_dir is {str(data_dir)!r}, which has no {name} in it: the {name} that the program brings need no "
+            f"data_dir, and a set of your own must be in {str(place)!r}"
+        )
     hint = nearest(name, (path.name for path in data_dir.iterdir() if path.is_dir()))
     raise UserError(
-        f"there is no {str(data_dir / name)!r}{hint}: it must be there with "
-        "<split>-*.parquet, train/<class>/ or a captions table"
+        f"there is no {str(place)!r}{hint}: it must be there with <split>-*.parquet, train/<class>/ or a captions table"
     )
 
 
@@ -187,15 +205,16 @@ def _holds_set(folder: Path) -> bool:
     return bool(parquet_files(folder)) or has_class_folders(folder) or has_caption_files(folder)
 
 
-def _open_folder(folder: Path) -> Source:
-    if files := parquet_files(folder):
+def _open_place(place: Path) -> Source:
+    """A folder, or a captions table."""
+    if files := parquet_files(place):
         return ParquetSource.open(files)
-    if captions := find_caption_files(folder):  # before class folders: its pictures are in a folder too
+    if captions := find_caption_files(place):  # before class folders: its pictures are in a folder too
         return captions
-    if has_class_folders(folder):
-        return FolderSource.open(folder)
+    if has_class_folders(place):
+        return FolderSource.open(place)
     raise UserError(
-        f"{folder} holds no dataset: it must hold train-*.parquet, pictures in train/<class>/, or a captions table"
+        f"{place} holds no dataset: it must hold train-*.parquet, pictures in train/<class>/, or a captions table"
     )
 
 
@@ -252,26 +271,43 @@ def _read_digits(img_size: int, in_channels: int) -> tuple[tuple[str, ...], dict
 def _assemble(
     config: DataConfig, class_names: tuple[str, ...], splits: dict[str, Split], progress: bool
 ) -> ImageDataset:
-    for name, split in splits.items():
-        if not len(split):
-            raise UserError(f"dataset {config.dataset!r} has an empty {name} split: it must hold pictures")
+    _check_splits(config, splits, progress)
     train, validation, test = splits["train"], splits.get("validation"), splits.get("test")
     if test is None:
         train, test = hold_out(train, config.test_fraction, config.split_seed, class_names)
     if validation is None:
         train, validation = hold_out(train, config.val_fraction, config.split_seed, class_names)
     mean, std = channel_statistics(train.images, config.split_seed, progress)
-    return ImageDataset(dataset_name(config.dataset), class_names, train, validation, test, mean, std)
+    return ImageDataset(*_names(config), class_names, train, validation, test, mean, std)
 
 
 def _assemble_captions(config: DataConfig, splits: dict[str, CaptionSplit], progress: bool) -> CaptionDataset:
-    for name, split in splits.items():
-        if not len(split):
-            raise UserError(f"dataset {config.dataset!r} has an empty {name} split: it must hold pictures")
+    _check_splits(config, splits, progress)
     train, validation, test = splits["train"], splits.get("validation"), splits.get("test")
     if test is None:
         train, test = map(train.subset, hold_out_indices(len(train), config.test_fraction, config.split_seed))
     if validation is None:
         train, validation = map(train.subset, hold_out_indices(len(train), config.val_fraction, config.split_seed))
     mean, std = channel_statistics(train.images, config.split_seed, progress)
-    return CaptionDataset(dataset_name(config.dataset), train, validation, test, mean, std)
+    return CaptionDataset(*_names(config), train, validation, test, mean, std)
+
+
+def _names(config: DataConfig) -> tuple[str, str]:
+    """`name` and `known_as`."""
+    name = dataset_name(config.dataset)
+    return name, name if config.built_in or name not in EMBEDDED_DATASETS else ""
+
+
+def _check_splits(config: DataConfig, splits: Mapping[str, Split | CaptionSplit], progress: bool) -> None:
+    """Raises `UserError` where one is empty. Says, on the process that shows progress, what changes nothing here."""
+    for name, split in splits.items():
+        if not len(split):
+            raise UserError(f"dataset {config.dataset!r} has an empty {name} split: it must hold pictures")
+    if not progress:
+        return
+    if config.built_in and Path(config.dataset).is_dir() and _holds_set(Path(config.dataset)):
+        name = config.dataset
+        log.warning("%s is the set that the program brings; --dataset ./%s reads the folder %s here", name, name, name)
+    in_memory = isinstance(splits["train"].images, Tensor)
+    for name, reason in settings_without_effect(config, splits.keys(), in_memory).items():
+        log.warning("%s is %r and changes nothing: %s", name, getattr(config, name), reason)

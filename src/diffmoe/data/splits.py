@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffmoe.config import UserError
+from diffmoe.config import DataConfig, UserError
 from diffmoe.data.pictures import LazyImages, Pictures
 
 SPLIT_ALIASES = {
@@ -17,7 +17,7 @@ SPLIT_ALIASES = {
     "validation": ("validation", "val", "valid"),
     "test": ("test",),
 }
-"""The three splits, and the names that folders, files and hub sets have for each, the first found winning."""
+"""The three splits, and the names that folders, files and hub sets have for each."""
 
 STATISTICS_SAMPLE = 5000
 """Pictures that the mean and deviation of a set read on demand are taken from."""
@@ -59,6 +59,28 @@ class Split:
         """The pictures at `indices`, int64 (M,)."""
         images = self.images.subset(indices) if isinstance(self.images, LazyImages) else self.images[indices]
         return Split(images, self.labels[indices])
+
+
+def check_one_alias(where: str, found: Sequence[str]) -> None:
+    """Raises `UserError` where a split is there under more than one of its names."""
+    if len(found) > 1:
+        raise UserError(f"{where} has both {found[0]} and {found[1]}, which are one split: keep one of them")
+
+
+def settings_without_effect(config: DataConfig, own_splits: Collection[str], in_memory: bool) -> dict[str, str]:
+    """Of the settings that are not at their defaults those that change nothing for a set with such splits; and why."""
+    reasons = {
+        f"{setting}_fraction": f"{config.dataset} has a {split} split of its own"
+        for setting, split in (("val", "validation"), ("test", "test"))
+        if split in own_splits
+    }
+    if in_memory:
+        reasons["num_workers"] = "the pictures are held in memory"
+        if len(reasons) == 3:
+            reasons["split_seed"] = f"{config.dataset} has splits of its own"
+    if config.built_in:
+        reasons["max_memory_gb"] = f"{config.dataset} is always held in memory"
+    return {name: reason for name, reason in reasons.items() if getattr(config, name) != getattr(DataConfig, name)}
 
 
 def hold_out(split: Split, fraction: float, seed: int, class_names: Sequence[str]) -> tuple[Split, Split]:

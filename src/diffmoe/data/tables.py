@@ -6,26 +6,23 @@ import bisect
 import hashlib
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from diffmoe.config import UserError
-from diffmoe.data.captions import check_captions
+from diffmoe.data.captions import captions_in, check_captions
 from diffmoe.data.hub import load_hub
-from diffmoe.data.splits import SPLIT_ALIASES, EncodedCaptions, EncodedSplit
+from diffmoe.data.labels import LABEL_COLUMN, FileLabels, encode_labels, listed_names
+from diffmoe.data.splits import SPLIT_ALIASES, EncodedCaptions, EncodedSplit, check_one_alias
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
 
 PICTURE_COLUMNS = ("image", "img")
-LABEL_COLUMN = "label"
 
 
 @dataclass(frozen=True)
@@ -63,28 +60,55 @@ class TablePictures:
 
 
 @dataclass(frozen=True)
+class Columns:
+    """The columns of a table that are read."""
+
+    picture: str
+    captions: tuple[str, ...]
+    """Empty where the table has labels."""
+
+    @classmethod
+    def of(cls, names: Sequence[str], where: str) -> Columns:
+        """Those of a table with these. Raises `UserError` where it has no picture, or neither labels nor captions."""
+        captions = () if LABEL_COLUMN in names else tuple(caption_columns(names))
+        pictures = [name for name in PICTURE_COLUMNS if name in names]
+        if not pictures or not (captions or LABEL_COLUMN in names):
+            raise UserError(
+                f"{where} has the columns {', '.join(names)}: "
+                f"it must have {' or '.join(PICTURE_COLUMNS)}, and {LABEL_COLUMN} or caption, caption_0, ..."
+            )
+        return cls(pictures[0], captions)
+
+    def __str__(self) -> str:
+        return ", ".join((self.picture, *(self.captions or [LABEL_COLUMN])))
+
+
+@dataclass(frozen=True)
 class ParquetSource:
     """A set in Parquet files, `<split>-*.parquet`."""
 
     files: dict[str, list[Path]]
     """The files of each split, in order."""
-
-    has_captions: bool
-    """Captions instead of labels."""
+    columns: dict[str, Columns]
+    """Of each split: all its files have them."""
 
     @classmethod
     def open(cls, files: dict[str, list[Path]]) -> ParquetSource:
         """Check the files' columns, reading no row. Raises `UserError` naming a file that will not do."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+        columns: dict[str, Columns] = {}
+        for split, paths in files.items():
+            for path in paths:
+                found = Columns.of(_read_schema(path).names, str(path))
+                same = columns.setdefault(split, found)
+                if (found.picture, set(found.captions)) != (same.picture, set(same.captions)):
+                    raise UserError(f"{path} has {found}, but {paths[0]} has {same}: both must have the same columns")
+        _check_task(columns, {split: str(paths[0]) for split, paths in files.items()})
+        return cls(files, columns)
 
-        has_captions = False
-        for path in itertools.chain.from_iterable(files.values()):
-            try:
-                has_captions = _check_columns(pq.read_schema(path).names, str(path))
-            except (pa.ArrowException, OSError) as error:
-                raise UserError(f"{path} must be a Parquet file that can be read ({_one_line(error)})") from error
-        return cls(files, has_captions)
+    @property
+    def has_captions(self) -> bool:
+        """Captions instead of labels."""
+        return bool(self.columns["train"].captions)
 
     def __len__(self) -> int:
         return sum(ends[-1] for ends in map(self._ends, self.files))
@@ -100,20 +124,26 @@ class ParquetSource:
 
     def read(self, in_memory: bool) -> tuple[tuple[str, ...], dict[str, EncodedSplit]]:
         """Class names, and for each split its pictures and labels, int64 (N,). Raises `UserError` naming a bad row."""
-        return _split_tables(*self._tables(in_memory))
+        class_names, labels = encode_labels(
+            {split: [_read_labels(path) for path in paths] for split, paths in self.files.items()}
+        )
+        return class_names, {split: EncodedSplit(self._pictures(split, in_memory), labels[split]) for split in labels}
 
     def read_captions(self, in_memory: bool) -> dict[str, EncodedCaptions]:
         """For each split its pictures and their captions. Raises `UserError` naming a bad row."""
-        return _caption_tables(*self._tables(in_memory))
-
-    def _tables(self, in_memory: bool) -> tuple[dict[str, Dataset], Origins]:
-        tables = {}
+        splits = {}
         for split, paths in self.files.items():
-            try:
-                tables[split] = _read_parquet(paths) if in_memory else _map_parquet(paths)
-            except Exception as error:  # pyarrow's, or those that `datasets` wraps them in
-                raise UserError(f"{paths[0].parent} cannot be read ({_one_line(error)})") from error
-        return tables, {split: (tuple(map(str, paths)), self._ends(split)) for split, paths in self.files.items()}
+            tables = [_read_columns(path, self.columns[split].captions) for path in paths]
+            splits[split] = _with_captions(self._pictures(split, in_memory), tables)
+        return splits
+
+    def _pictures(self, split: str, in_memory: bool) -> TablePictures:
+        paths, column = self.files[split], self.columns[split].picture
+        try:
+            table = _read_pictures(paths, column) if in_memory else _map_pictures(paths, column)
+        except Exception as error:  # pyarrow's, or those that `datasets` wraps them in
+            raise UserError(f"{paths[0].parent} cannot be read ({_one_line(error)})") from error
+        return TablePictures(table.with_format("arrow"), tuple(map(str, paths)), self._ends(split))
 
 
 @dataclass(frozen=True)
@@ -130,8 +160,10 @@ class HubSource:
         tables = {split: candidates[0] for split, candidates in found.items() if candidates}
         if "train" not in tables:
             raise UserError(f"{self.name} on the hub has the splits {', '.join(hub)}: one must be named train")
-        for table in tables.values():
-            _check_columns(table.column_names, f"{self.name} on the hub")
+        _check_task(
+            {split: Columns.of(table.column_names, f"{self.name} {split}") for split, table in tables.items()},
+            {split: f"{self.name} {split}" for split in tables},
+        )
         return tables
 
     def __len__(self) -> int:
@@ -145,30 +177,51 @@ class HubSource:
 
     def read(self, in_memory: bool) -> tuple[tuple[str, ...], dict[str, EncodedSplit]]:
         """As `ParquetSource.read`; the tables stay memory-mapped either way."""
-        return _split_tables(self.tables, self._origins())
+        files = {}
+        for split, table in self.tables.items():
+            names = listed_names(table.features.arrow_schema)
+            files[split] = [FileLabels(f"{self.name} {split}", table.data.column(LABEL_COLUMN), names)]
+        class_names, labels = encode_labels(files)
+        return class_names, {split: EncodedSplit(self._pictures(split), labels[split]) for split in labels}
 
     def read_captions(self, in_memory: bool) -> dict[str, EncodedCaptions]:
         """As `ParquetSource.read_captions`; the tables stay memory-mapped either way."""
-        return _caption_tables(self.tables, self._origins())
+        return {
+            split: _with_captions(self._pictures(split), [table.data.select(self._columns(split).captions)])
+            for split, table in self.tables.items()
+        }
 
     @property
     def has_captions(self) -> bool:
         """Captions instead of labels."""
-        return LABEL_COLUMN not in self.tables["train"].column_names
+        return bool(self._columns("train").captions)
 
-    def _origins(self) -> Origins:
-        return {split: ((f"{self.name} {split}",), (len(table),)) for split, table in self.tables.items()}
+    def _columns(self, split: str) -> Columns:
+        return Columns.of(self.tables[split].column_names, f"{self.name} {split}")
+
+    def _pictures(self, split: str) -> TablePictures:
+        column = self.tables[split].select_columns([self._columns(split).picture]).with_format("arrow")
+        return TablePictures(column, (f"{self.name} {split}",), (len(column),))
 
 
 def parquet_files(folder: Path) -> dict[str, list[Path]]:
-    """The Parquet files of each split in `folder`, or in its `data/` as in a copy of a hub repository."""
+    """The Parquet files of each split in `folder`, or in its `data/` as in a copy of a hub repository.
+
+    Raises `UserError` where a split is there under two names.
+    """
     for place in (folder, folder / "data"):
         by_name: dict[str, list[Path]] = {}
         for path in sorted(place.glob("*.parquet")):
             by_name.setdefault(re.split(r"[-_.]", path.name)[0], []).append(path)
-        found = {split: [by_name[name] for name in names if name in by_name] for split, names in SPLIT_ALIASES.items()}
-        if found["train"]:
-            return {split: candidates[0] for split, candidates in found.items() if candidates}
+        if "train" not in by_name:
+            continue
+        files = {}
+        for split, aliases in SPLIT_ALIASES.items():
+            found = [alias for alias in aliases if alias in by_name]
+            check_one_alias(str(place), found)
+            if found:
+                files[split] = by_name[found[0]]
+        return files
     return {}
 
 
@@ -181,15 +234,12 @@ def _fingerprint(files: dict[str, list[Path]]) -> str:
     return digest.hexdigest()[:32]
 
 
-def _check_columns(names: Iterable[str], where: str) -> bool:
-    """Whether the table has captions rather than labels. Raises `UserError` where it has neither, or no picture."""
-    names = list(names)
-    if not set(PICTURE_COLUMNS) & set(names) or not (LABEL_COLUMN in names or caption_columns(names)):
-        raise UserError(
-            f"{where} has the columns {', '.join(names)}: "
-            f"it must have {' or '.join(PICTURE_COLUMNS)}, and {LABEL_COLUMN} or caption, caption_0, ..."
-        )
-    return LABEL_COLUMN not in names
+def _check_task(columns: dict[str, Columns], where: dict[str, str]) -> None:
+    """Raises `UserError` naming a split that has labels where train has captions, or the other way round."""
+    train = columns["train"]
+    for split, found in columns.items():
+        if bool(found.captions) != bool(train.captions):
+            raise UserError(f"{where[split]} has {found}, but {where['train']} has {train}: both must be of one kind")
 
 
 def caption_columns(names: Iterable[str]) -> list[str]:
@@ -197,88 +247,60 @@ def caption_columns(names: Iterable[str]) -> list[str]:
     return [name for name in names if re.fullmatch(r"captions?|caption_.*", name)]
 
 
-def _picture_column(names: Iterable[str]) -> str:
-    return next(name for name in PICTURE_COLUMNS if name in names)
+def _read_schema(path: Path) -> pa.Schema:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_schema(path)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} must be a Parquet file that can be read ({_one_line(error)})") from error
 
 
-def _read_parquet(paths: list[Path]) -> Dataset:
+def _read_columns(path: Path, columns: Sequence[str]) -> pa.Table:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_table(path, columns=list(columns))
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} cannot be read ({_one_line(error)})") from error
+
+
+def _read_labels(path: Path) -> FileLabels:
+    column = _read_columns(path, [LABEL_COLUMN]).column(LABEL_COLUMN)
+    try:
+        names = listed_names(_read_schema(path))
+    except ValueError as error:
+        raise UserError(f"{path} has metadata of `datasets` that is not valid JSON: {error}") from error
+    return FileLabels(str(path), column, names)
+
+
+def _read_pictures(paths: list[Path], column: str) -> Dataset:
     import pyarrow as pa
     import pyarrow.parquet as pq
     from datasets import Dataset
     from datasets.table import InMemoryTable
 
-    names = pq.read_schema(paths[0]).names
-    columns = [_picture_column(names), *([LABEL_COLUMN] if LABEL_COLUMN in names else caption_columns(names))]
-    table = pa.concat_tables([pq.read_table(path, columns=columns) for path in paths])
+    table = pa.concat_tables([pq.read_table(path, columns=[column]) for path in paths])
     return Dataset(InMemoryTable(table), fingerprint="parquet")  # its own would hash every picture
 
 
-def _map_parquet(paths: list[Path]) -> Dataset:
+def _map_pictures(paths: list[Path], column: str) -> Dataset:
     """As a memory-mapped Arrow table, for which the library makes a copy in its cache: Parquet has no random access."""
     from datasets import Dataset
 
-    table = Dataset.from_parquet([str(path) for path in paths])
+    table = Dataset.from_parquet([str(path) for path in paths], columns=[column])
     assert isinstance(table, Dataset)  # not the iterable kind, which streaming=True would give
     return table
 
 
-Origins = dict[str, tuple[tuple[str, ...], tuple[int, ...]]]
-"""For each split the files that its rows come from, and the row after each file's last."""
-
-
-def _caption_tables(tables: dict[str, Dataset], origins: Origins) -> dict[str, EncodedCaptions]:
-    splits = {}
-    for split, table in tables.items():
-        pictures = _table_pictures(table, origins[split])
-        columns = [table.data.column(name).to_pylist() for name in caption_columns(table.column_names)]
-        captions = tuple(tuple(_texts(cells)) for cells in zip(*columns, strict=True))
-        check_captions(captions, pictures.where)
-        splits[split] = EncodedCaptions(pictures, captions)
-    return splits
-
-
-def _texts(cells: tuple[str | list[str] | None, ...]) -> Iterator[str]:
-    """The captions in one row's cells, each a text or a list of texts; a missing cell counts as an empty caption."""
-    for cell in cells:
-        yield from cell if isinstance(cell, list) else [cell or ""]
-
-
-def _table_pictures(table: Dataset, origin: tuple[tuple[str, ...], tuple[int, ...]]) -> TablePictures:
-    column = table.select_columns([_picture_column(table.column_names)]).with_format("arrow")
-    return TablePictures(column, *origin)
-
-
-def _split_tables(tables: dict[str, Dataset], origins: Origins) -> tuple[tuple[str, ...], dict[str, EncodedSplit]]:
-    import pyarrow.types as types
-    from datasets import ClassLabel
-
-    for split, table in tables.items():
-        kind = table.data.column(LABEL_COLUMN).type
-        if not (types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind)):
-            raise UserError(
-                f"{origins[split][0][0]} has labels of type {kind}: they must be whole numbers or class names"
-            )
-    feature = tables["train"].features[LABEL_COLUMN]
-    if isinstance(feature, ClassLabel):
-        names, values = feature.names, list(range(len(feature.names)))
-    else:
-        values = sorted(value for value in tables["train"].unique(LABEL_COLUMN) if value is not None)
-        names = [str(value) for value in values]
-    splits = {}
-    for split, table in tables.items():
-        pictures = _table_pictures(table, origins[split])
-        splits[split] = EncodedSplit(pictures, _encode_labels(table.data.column(LABEL_COLUMN), values, pictures))
-    return tuple(names), splits
-
-
-def _encode_labels(column: pa.ChunkedArray, values: Sequence[int | str], pictures: TablePictures) -> Tensor:
-    """Each label's place in `values`, int64 (N,). Raises `UserError` naming the first row whose label is not there."""
-    place = {value: index for index, value in enumerate(values)}
-    labels = torch.tensor([place.get(value, -1) for value in column.to_pylist()], dtype=torch.int64)
-    for row in (labels < 0).nonzero().flatten().tolist():
-        allowed = f"one of {values[0]!r} to {values[-1]!r}, the classes of train" if values else "the name of a class"
-        raise UserError(f"{pictures.where(row)} has the label {column[row].as_py()!r}: it must be {allowed}")
-    return labels
+def _with_captions(pictures: TablePictures, tables: Iterable[pa.Table]) -> EncodedCaptions:
+    """Pictures with the captions in the rows of tables that follow one another. Raises `UserError` naming a bad row."""
+    rows = itertools.chain.from_iterable(zip(*(c.to_pylist() for c in table.columns), strict=True) for table in tables)
+    captions = tuple(tuple(captions_in(cells)) for cells in rows)
+    check_captions(captions, pictures.where)
+    return EncodedCaptions(pictures, captions)
 
 
 def _one_line(error: Exception) -> str:

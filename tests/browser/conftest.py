@@ -81,7 +81,7 @@ def picture(folder: Path) -> str:
 @pytest.fixture(scope="session")
 def answers(folder: Path) -> Answers:
     """What the page must answer."""
-    return Answers(Models([], folder / "models", "cpu"), (folder / "gallery").resolve())
+    return Answers(Models([], folder / "models", "cpu"), (folder / "gallery").resolve(), folder.resolve())
 
 
 @pytest.fixture(scope="session")
@@ -98,7 +98,7 @@ def free_port() -> Callable[[], int]:
 
 @pytest.fixture(scope="session")
 def served(folder: Path, free_port: Callable[[], int]) -> Iterator[str]:
-    """The address of a page that the command serves, in a process of its own."""
+    """The address of a page that the command serves, in a process of its own; when that ends no upload is left."""
     pytest.importorskip("gradio", reason="gradio is not there: pip install 'diff-moe[app]'")
     port = free_port()
     command = [
@@ -112,15 +112,27 @@ def served(folder: Path, free_port: Callable[[], int]) -> Iterator[str]:
         "cpu",
     ]
     command += ["--checkpoints_dir", str(folder / "models"), "--gallery", str(folder / "gallery")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder, env=environment) as server:
+    uploads = folder / "uploads"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GRADIO_TEMP_DIR": str(uploads)}
+    settings: dict[str, Any] = {"text": True, "cwd": folder, "env": environment}
+    with (
+        (folder / "log.txt").open("w") as log,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, **settings) as server,
+    ):
         try:
             assert server.stdout
             line = server.stdout.readline()
-            assert line.startswith(f"open http://127.0.0.1:{port} ")
+            assert line.startswith(f"open http://127.0.0.1:{port} "), (folder / "log.txt").read_text()
             yield f"http://127.0.0.1:{port}"
         finally:
             server.terminate()
+    assert not list(uploads.iterdir())
+
+
+@pytest.fixture
+def log(served: str, folder: Path) -> Path:
+    """What the served page writes to stderr."""
+    return folder / "log.txt"
 
 
 CHROMIUM = Path("/usr/bin/chromium")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import socket
-import struct
+import stat
+import tempfile
 import time
-import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,16 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
 
 pytest.importorskip("gradio", reason="gradio is not there: pip install 'diff-moe[app]'")
 
 
-from diffmoe.app import check_address, uploads
+from diffmoe.app import check_address, upload_folder
 from diffmoe.app.answers import TEMPLATES
 from diffmoe.app.models import Models
 from diffmoe.app.page import drawn
 from diffmoe.app.seen import enlarged, patch_at
 from diffmoe.app.texts import texts
-from diffmoe.app.uploads import read_upload
 from diffmoe.commands import caption, predict, retrieve
 from diffmoe.config import ModelConfig, UserError
 from diffmoe.visualization.attention import attention_maps
@@ -77,6 +75,13 @@ class TestAnswers:
         assert len(found) == 6
         assert "1.000" not in found[0][1]
 
+    def test_what_only_has_a_pictures_name_is_not_waited_for(self, answers, folder, picture):
+        os.mkfifo(folder / "gallery" / "1" / "pipe.png")
+        try:
+            assert all("pipe" not in text for _, text in answers.retrieve("", picture, "1", "classifier.pth"))
+        finally:
+            (folder / "gallery" / "1" / "pipe.png").unlink()
+
     def test_a_picture_finds_itself_where_there_is_no_text(self, folder, answers):
         results = answers.retrieve(" ", str(folder / "gallery" / "1" / "7.jpg"), ".", "classifier.pth")
         assert results[0][1] == "1/7.jpg  1.000"
@@ -121,7 +126,12 @@ class TestAnswers:
             (lambda a, p: a.zero_shot(p, "a\nb", "no_text.pth"), "trained without texts"),
             (lambda a, p: a.retrieve("a cat", None, ".", "no_text.pth"), "trained without texts"),
             (lambda a, p: a.zero_shot(p, "a,a\na ", "classifier.pth"), "Give at least 2 different labels"),
+            (
+                lambda a, p: a.zero_shot(p, ",".join(map(str, range(1001))), "classifier.pth"),
+                "Give at most 1000 labels.",
+            ),
             (lambda a, p: a.predict(None, "classifier.pth"), "There is no picture yet"),
+            (lambda a, p: a.predict("/etc/passwd", "classifier.pth"), "This picture was not uploaded here"),
             (lambda a, p: a.predict(p, "../secret/key.png"), "There is no model ../secret/key.png: choose one of "),
             (lambda a, p: a.predict(p, None), "There is no model None"),
             (lambda a, p: a.retrieve("a cat", None, "empty", "classifier.pth"), "has no pictures"),
@@ -222,50 +232,6 @@ class TestModels:
         assert "dense, no experts" in about
 
 
-def png_header(width: int, height: int) -> bytes:
-    """A PNG file that ends where its pixels should begin."""
-    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    start = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
-    return start + struct.pack(">I", 1000) + b"IDAT"
-
-
-class TestUploads:
-    def read(self, path: Path) -> torch.Tensor:
-        return read_upload(str(path), 8, 1)
-
-    def test_a_picture(self, tmp_path):
-        Image.new("RGB", (3, 5), "white").save(tmp_path / "a.webp")
-        assert torch.equal(self.read(tmp_path / "a.webp"), torch.full((1, 8, 8), 255, dtype=torch.uint8))
-
-    @pytest.mark.parametrize(
-        ("width", "height"), [(10000, 5000), (1, 50_000_000), (2**31 - 1, 2**31 - 1), (15000, 9000)]
-    )
-    def test_many_pixels_are_refused_by_the_header(self, tmp_path, width, height):
-        """There is nothing to decode in the file: had anybody tried, it would be called damaged."""
-        (tmp_path / "many.png").write_bytes(png_header(width, height))
-        with pytest.raises(UserError, match=r"^many\.png has too many pixels: it must have under 50 megapixels\.$"):
-            self.read(tmp_path / "many.png")
-
-    def test_fewer_pixels_are_not(self, tmp_path):
-        (tmp_path / "few.png").write_bytes(png_header(9999, 5000))
-        with pytest.raises(UserError, match=r"^few\.png cannot be decoded"):
-            self.read(tmp_path / "few.png")
-
-    @pytest.mark.parametrize(
-        "content", [b"no picture", b"", b"<svg/>", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"]
-    )
-    def test_what_is_no_picture_is_refused_whatever_it_is_called(self, tmp_path, content):
-        (tmp_path / "text.png").write_bytes(content)
-        with pytest.raises(UserError, match=r"^text\.png is not a picture"):
-            self.read(tmp_path / "text.png")
-
-    def test_a_large_file_is_refused_unread(self, tmp_path, monkeypatch):
-        (tmp_path / "large.png").write_bytes(b"x" * 21)
-        monkeypatch.setattr(uploads, "MAX_BYTES", 20)
-        with pytest.raises(UserError, match=r"^large\.png is too large"):
-            self.read(tmp_path / "large.png")
-
-
 @pytest.mark.parametrize(("img_size", "patch"), [(8, 2), (16, 4), (28, 7), (500, 100)])
 def test_a_click_in_a_frame_chooses_the_framed_patch(img_size, patch):
     config = ModelConfig(img_size=img_size, patch_size=patch)
@@ -276,6 +242,39 @@ def test_a_click_in_a_frame_chooses_the_framed_patch(img_size, patch):
         assert {patch_at(config, x, y) for y, x in zip(rows.tolist(), columns.tolist(), strict=True)} == {number}
         assert (np.ptp(rows) + 1) * (img_size // patch) == len(framed)
     assert not np.asarray(enlarged(pixels, config, 0)).any()
+
+
+@pytest.mark.parametrize(
+    ("x", "y"), [(-1, 0), (0, -0.1), (448, 0), (0, 448), (float("nan"), 0), (float("inf"), 0), (10**400, 0)]
+)
+def test_a_click_beside_the_picture_is_a_sentence(x, y):
+    config = ModelConfig(img_size=16, patch_size=4)
+    assert patch_at(config, 447.9, 447.9) == 16
+    with pytest.raises(UserError, match=r"^This is beside the picture: click on one of its patches\.$"):
+        patch_at(config, x, y)
+
+
+class TestUploadFolder:
+    @pytest.mark.parametrize("named", ["", "new/inner"])
+    def test_it_is_this_servers_alone_and_goes_with_it(self, tmp_path, monkeypatch, named):
+        outer = str(tmp_path / named) if named else ""
+        monkeypatch.setenv("GRADIO_TEMP_DIR", outer)
+        with upload_folder() as folder:
+            assert os.environ["GRADIO_TEMP_DIR"] == str(folder) == str(folder.resolve())
+            assert folder.parent == Path(outer or tempfile.gettempdir()).resolve()
+            assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+            (folder / "a.png").write_bytes(b"")
+        assert not folder.exists()
+        assert os.environ["GRADIO_TEMP_DIR"] == outer
+
+    def test_where_there_can_be_none_it_is_one_line(self, cli, folder, picture, free_port, monkeypatch):
+        monkeypatch.setenv("GRADIO_TEMP_DIR", picture)
+        result = cli("app", "--port", free_port(), "--checkpoint", checkpoint(folder, "dense.pth"))
+        assert result.code == 2
+        assert (
+            result.err
+            == f"diffmoe: error: GRADIO_TEMP_DIR is {picture!r}: it must be a folder that can be written to\n"
+        )
 
 
 class TestAddress:
@@ -344,5 +343,5 @@ def test_every_text_of_the_page_changes_with_the_language():
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """What `serve` sets is put back."""
-    for name in ("GRADIO_ANALYTICS_ENABLED", "NO_PROXY"):
+    for name in ("GRADIO_ANALYTICS_ENABLED", "NO_PROXY", "GRADIO_TEMP_DIR"):
         monkeypatch.setenv(name, os.environ.get(name, ""))

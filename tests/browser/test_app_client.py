@@ -80,24 +80,6 @@ class TestClient:
                 client.predict(handle_file(str(folder / "text.png")), "classifier.pth", language, api_name="/predict")
         assert client.predict(handle_file(picture), "classifier.pth", api_name="/predict")["label"] in NAMES
 
-    @pytest.mark.parametrize(
-        ("path", "words"),
-        [
-            ("{folder}/secret/key.png", "Cannot move"),
-            ("/etc/passwd", "Cannot move"),
-            ("../../secret/key.png", "Cannot move"),
-            ("http://127.0.0.1:1/a.png", "addresses are not fetched"),
-        ],
-    )
-    def test_files_that_were_not_uploaded_are_refused(self, client, folder, path, words):
-        """Asked for by hand, because a client uploads the files that it is given."""
-        given = {"path": path.format(folder=folder), "meta": {"_type": "gradio.FileData"}}
-        call = f"{client.src}gradio_api/call/predict"
-        asked = httpx.post(call, json={"data": [given, "classifier.pth", "en"]}).json()
-        answered = httpx.get(f"{call}/{asked['event_id']}", timeout=30).text
-        assert answered.startswith("event: error")
-        assert words in answered
-
     @pytest.mark.parametrize("path", ["{folder}/secret/key.png", "{folder}/gallery/0/0.jpg", "/etc/passwd"])
     def test_files_are_not_served(self, client, folder, path):
         response = httpx.get(f"{client.src}gradio_api/file={path.format(folder=folder)}")

@@ -32,6 +32,8 @@ from diffmoe.visualization.language import say
 
 FOUND = 8
 """Pictures that a search shows."""
+MOST_LABELS = 1000
+"""Each is a few sentences to read, and meanwhile others wait."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Answers:
     models: Models
     gallery: Path | None
     """The only folder that may be searched, resolved."""
+    uploads: Path
+    """The only folder whose files are opened as the pictures that are asked about, resolved."""
 
     def predict(self, picture: str | None, model: str | None) -> dict[str, float]:
         """The probability of each class."""
@@ -56,6 +60,8 @@ class Answers:
         names = list(dict.fromkeys(name.strip() for name in labels.replace(",", "\n").splitlines() if name.strip()))
         if len(names) < 2:
             raise UserError(say("Give at least 2 different labels, each on a line of its own or between commas."))
+        if len(names) > MOST_LABELS:
+            raise UserError(say("Give at most {limit} labels.", limit=MOST_LABELS))
         used, pixels = self._read(picture, model)
         _check_reads_texts(used)
         probabilities = label_probabilities(used, pixels[None], names, TEMPLATES)[0]
@@ -121,23 +127,26 @@ class Answers:
         return used, self._pixels(picture, used)
 
     def _pixels(self, picture: str | None, used: UsedModel) -> Tensor:
-        return read_upload(picture, used.model.config.img_size, used.model.config.in_channels)
+        return read_upload(picture, self.uploads, used.model.config.img_size, used.model.config.in_channels)
 
     def _listed(self, folder: str) -> tuple[Path, tuple[str, ...]]:
         """A folder of the gallery, and the pictures in it and its folders; links that leave the gallery are none."""
         if self.gallery is None:
             raise UserError(say("There is no gallery: start the page with --gallery DIR, a folder of pictures."))
-        root = (self.gallery / folder).resolve()
-        if not root.is_relative_to(self.gallery) or not root.is_dir():
+        if folder not in self.folders():  # by name: nothing that a stranger says is looked for on the disk
             raise UserError(
                 say("{folder} is no folder of the gallery: only its folders may be searched.", folder=folder)
             )
-        gallery = self.gallery
+        root, gallery = self.gallery / folder, self.gallery
         names = (Path(name).as_posix() for name in picture_files(root))
-        names = tuple(name for name in names if (root / name).resolve().is_relative_to(gallery))
+        names = tuple(name for name in names if _is_file_within((root / name).resolve(), gallery))
         if not names:
             raise UserError(say("The folder {folder} of the gallery has no pictures.", folder=folder))
         return root, names
+
+
+def _is_file_within(path: Path, folder: Path) -> bool:
+    return path.is_relative_to(folder) and path.is_file()
 
 
 def _check_reads_texts(used: UsedModel) -> None:

@@ -5,47 +5,26 @@ The named endpoints (`/predict`, `/zero_shot`, `/caption`, `/retrieve`, `/routin
 
 from __future__ import annotations
 
-import html
 import io
 from collections.abc import Callable, Iterator
-from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import gradio as gr
 from matplotlib.figure import Figure
 from PIL import Image
 
 from diffmoe.app.answers import Answers
+from diffmoe.app.guard import GuardedBlocks
 from diffmoe.app.picture_input import PictureInput
-from diffmoe.app.seen import patch_at
+from diffmoe.app.seen import not_on_picture, patch_at
 from diffmoe.app.texts import texts
-from diffmoe.config import UserError
 from diffmoe.visualization.language import Language, speaking
 from diffmoe.visualization.style import styled
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 DPI = 130
 MOST = 10_000
 """Of a slider before a model is known; `Answers` says what is too much."""
 HIDDEN: dict[str, Any] = {"api_visibility": "private"}
-
-
-def answering(answer: Callable[P, R]) -> Callable[P, R]:
-    """`answer` in the language that is its last argument, and a user's mistake as a sentence on the page."""
-
-    @wraps(answer)
-    def answered(*args: P.args, **kwargs: P.kwargs) -> R:
-        language: Any = args[-1]
-        try:
-            with speaking(language):
-                return answer(*args, **kwargs)
-        except UserError as error:
-            # The page takes messages for HTML, and a file may be called anything.
-            raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from error
-
-    return answered
 
 
 class Page:
@@ -57,7 +36,9 @@ class Page:
             self.texts = texts()
         self.parts: dict[str, Any] = {}
         # Uploads and answers are files; after an hour they are removed.
-        with gr.Blocks(title="Diff-MoE", analytics_enabled=False, delete_cache=(600, 3600)) as self.blocks:
+        with GuardedBlocks(
+            language, title="Diff-MoE", analytics_enabled=False, delete_cache=(600, 3600)
+        ) as self.blocks:
             self._lay_out(language)
             self._connect_answers()
             self._connect_page()
@@ -118,27 +99,21 @@ class Page:
         """The named endpoints, each on the button or slider that asks for it."""
         answers, parts = self.answers, self.parts
 
-        @answering
         def predict(picture: str | None, model: str | None, language: Language) -> dict[str, float]:
             return answers.predict(picture, model)
 
-        @answering
         def zero_shot(picture: str | None, labels: str, model: str | None, language: Language) -> dict[str, float]:
             return answers.zero_shot(picture, labels, model)
 
-        @answering
         def caption(picture: str | None, model: str | None, language: Language) -> str:
             return answers.caption(picture, model)
 
-        @answering
         def retrieve(text: str, picture: str | None, folder: str, model: str | None, language: Language) -> Any:
             return answers.retrieve(text, picture, folder, model)
 
-        @answering
         def routing(picture: str | None, block: int, model: str | None, language: Language) -> Image.Image:
             return drawn(answers.routing(picture, block, model))
 
-        @answering
         def attention(picture: str | None, patch: int, model: str | None, language: Language) -> Any:
             return drawn(answers.attention(picture, patch, model)), answers.seen(picture, patch, model)
 
@@ -162,7 +137,6 @@ class Page:
         chosen = [parts["model"], parts["language"]]
         fitted = [parts[name] for name in ("classes", "caption", "dense", "block", "patch")]
 
-        @answering
         def about(model: str | None, language: Language) -> str:
             return self.answers.models.about(model)
 
@@ -194,27 +168,17 @@ class Page:
         yield shown
         if picture is None:
             return
-
-        @answering
-        def classes_or_caption(language: Language) -> dict[Any, Any]:
-            if answers.models.is_classifier(model):
-                return {parts["classes"]: answers.predict(picture, model)}
-            return {parts["caption"]: answers.caption(picture, model)}
-
-        @answering
-        def attention(language: Language) -> dict[Any, Any]:
-            figure = drawn(answers.attention(picture, patch, model))
-            return {parts["attention"]: figure, parts["seen"]: answers.seen(picture, patch, model)}
-
-        @answering
-        def routing(language: Language) -> dict[Any, Any]:
-            return {parts["routing"]: drawn(answers.routing(picture, block, model))}
-
         # Each time all there is: of parts handed over one by one in a hurry gradio loses some.
-        yield (shown := shown | classes_or_caption(language))
+        if answers.models.is_classifier(model):
+            shown[parts["classes"]] = answers.predict(picture, model)
+        else:
+            shown[parts["caption"]] = answers.caption(picture, model)
+        yield shown
         if not answers.models.open(model).model.config.dense:
-            shown |= routing(language)
-        yield shown | attention(language)
+            shown[parts["routing"]] = drawn(answers.routing(picture, block, model))
+        shown[parts["attention"]] = drawn(answers.attention(picture, patch, model))
+        shown[parts["seen"]] = answers.seen(picture, patch, model)
+        yield shown
 
     def _models(self) -> Any:
         """The models that there are now; asked when the page is loaded."""
@@ -231,9 +195,12 @@ class Page:
             gr.update(maximum=config.num_patches, value=0),
         ]
 
-    def _clicked(self, model: str | None, click: gr.SelectData) -> int:
+    def _clicked(self, model: str | None, click: gr.EventData) -> int:
         """The number of the patch that was clicked on."""
-        return patch_at(self.answers.models.open(model).model.config, *click.index)
+        match click._data:  # not `gr.SelectData`, which takes for granted what is in it
+            case {"index": [int() | float() as x, int() | float() as y]}:
+                return patch_at(self.answers.models.open(model).model.config, x, y)
+        raise not_on_picture()
 
     def _relabel(self, language: Language) -> list[Any]:
         """Every text of the page, in another language."""

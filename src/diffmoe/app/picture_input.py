@@ -17,14 +17,9 @@ class WritesNoStub(ComponentMeta):
 
 
 class PictureInput(gr.Image, metaclass=WritesNoStub):
-    """gradio's picture, handed on as the path of the file: ours checks it before anything decodes it."""
+    """gradio's picture, handed on as the path of the file: `read_upload` checks it where it opens it."""
 
     is_template = True  # it looks as its parent does
 
     def preprocess(self, payload: Any) -> str | None:
         return None if payload is None else payload.path
-
-    async def async_move_resource_to_block_cache(self, url_or_file_path: Any) -> str | None:
-        if str(url_or_file_path).startswith(("http://", "https://")):
-            raise gr.Error("A picture must be uploaded: addresses are not fetched.", print_exception=False)
-        return await super().async_move_resource_to_block_cache(url_or_file_path)

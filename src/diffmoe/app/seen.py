@@ -8,7 +8,8 @@ from __future__ import annotations
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from diffmoe.config import ModelConfig
+from diffmoe.config import ModelConfig, UserError
+from diffmoe.visualization.language import say
 from diffmoe.visualization.style import VERMILLION
 
 SIDE = 448
@@ -30,9 +31,19 @@ def enlarged(pixels: Tensor, config: ModelConfig, patch: int = 0) -> Image.Image
 
 
 def patch_at(config: ModelConfig, x: float, y: float) -> int:
-    """The patch at a place of the `enlarged` picture, in its dots from the left and from the top."""
-    side = config.patch_size * _scale(config)
+    """The patch at a place of the `enlarged` picture, in its dots from the left and from the top.
+
+    Raises `UserError` where that is beside the picture.
+    """
+    whole, side = config.img_size * _scale(config), config.patch_size * _scale(config)
+    if not (0 <= x < whole and 0 <= y < whole):
+        raise not_on_picture()
     return int(y // side) * (config.img_size // config.patch_size) + int(x // side) + 1
+
+
+def not_on_picture() -> UserError:
+    """What to raise for a click that hits no patch."""
+    return UserError(say("This is beside the picture: click on one of its patches."))
 
 
 def _scale(config: ModelConfig) -> int:

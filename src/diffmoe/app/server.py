@@ -5,6 +5,7 @@ from __future__ import annotations
 import gradio as gr
 from gradio import themes
 
+from diffmoe.app.guard import APP_SETTINGS
 from diffmoe.app.uploads import MAX_BYTES
 from diffmoe.config import UserError
 
@@ -41,6 +42,7 @@ def launch(page: gr.Blocks, host: str, port: int) -> None:
             footer_links=["api"],
             theme=theme,
             css=CSS,
+            app_kwargs=dict(APP_SETTINGS),  # gradio adds its own to it
         )
     except OSError as error:
         raise UserError(f"port {port} of {host} cannot be used: give another --port") from error

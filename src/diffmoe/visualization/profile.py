@@ -44,7 +44,7 @@ def costs_by_part(costs: Sequence[Mapping[str, Any]]) -> Figure:
 def throughput(speeds: Sequence[Mapping[str, Any]]) -> Figure:
     """How to read it: pictures a second rise with the batch until the machine is full."""
     figure = Figure(figsize=(8, 3.2), layout="constrained")
-    looks = [("moe", say("mixture of experts"), style.BLUE), ("dense", say("dense twin"), style.VERMILLION)]
+    looks = [("moe", say("mixture of experts"), style.BLUE), ("dense", say("dense model"), style.VERMILLION)]
     panels, modes = figure.subplots(1, 2), {"inference": say("Inference"), "training": say("Training")}
     for axes, (mode, title) in zip(panels, modes.items(), strict=True):
         for model, label, color in looks:

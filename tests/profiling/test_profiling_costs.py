@@ -32,13 +32,13 @@ FIELDS: dict[str, Any] = {
 ORDINARY = ("attention", "router", "routed experts", "global expert", "modality expert", "cross-attention")
 
 
-def make(task: str, **fields: Any) -> Contender:
+def make(task: str, device: Any = "cpu", **fields: Any) -> Contender:
     """Of a classifier without or with class descriptions, or a captioner."""
     torch.manual_seed(0)
     config = ModelConfig(**(FIELDS | fields))
     tokens = torch.randint(50, (3, 2, 6)) if task == "descriptions" else None
     model: Head = Captioner(config) if task == "captioner" else ImageClassifier(config, tokens)
-    return Contender(model, objective(model, 0.0), infer, TrainingConfig(), make_fabric(RunConfig(device="cpu")))
+    return Contender(model, objective(model, 0.0), infer, TrainingConfig(), make_fabric(RunConfig(device=device)))
 
 
 def measured(contender: Contender, loads: bool = False, size: int = 4) -> tuple[dict[str, dict[str, Any]], int, Any]:
@@ -137,6 +137,19 @@ def test_what_a_part_holds_derived_by_hand() -> None:
     assert parts["image/global expert"]["held_bytes"] == parts["image/modality expert"]["held_bytes"] == held
     checkpointed, _, _ = measured(make("classifier", use_gradient_checkpointing=True))
     assert checkpointed["image/global expert"]["held_bytes"] == 4 * 16 * 16  # the output alone
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu_the_parts_add_up_and_the_peak_is_the_allocator_s() -> None:
+    contender = make("descriptions", device="cuda", num_general_experts=4)
+    batch = noise(contender.model, 8)  # pyright: ignore[reportArgumentType]
+    rows, peak, _ = measure(contender, lambda: batch, False, steps=3)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    contender.train(batch)
+    assert peak == pytest.approx(torch.cuda.max_memory_allocated() - before, rel=0.2)  # other sentences are drawn
+    assert all(row["forward_ms"] > 0 < row["backward_ms"] for row in rows if row["part"] in ORDINARY)
 
 
 def test_the_work_of_a_step_in_its_order() -> None:

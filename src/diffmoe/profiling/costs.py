@@ -161,7 +161,7 @@ def _memory(tracker: Tracker, step: Callable[[], None], device: torch.device) ->
         running.enter_context(record_function(f"{prefix}{cell[1]}/{cell[0]}"))
 
     tracker.watch = watch
-    with profile(profile_memory=True) as profiler, running:
+    with profile(profile_memory=True, acc_events=True) as profiler, running:
         step()
     results: Any = profiler.profiler and profiler.profiler.kineto_results
     held, which, part, now, peak = Counter[str](), "", "", 0, 0

@@ -70,7 +70,18 @@ def test_a_trained_model_on_its_data(cli: Cli, checkpoint: Path, tmp_path: Path)
 
 
 def test_a_fresh_captioner_on_noise(cli: Cli, tmp_path: Path) -> None:
-    flags = ("--dataset", "flickr8k", "--fusion_layers", "1", "--no-trace", *SMALL, "--batch_sizes", "1")
+    flags = (
+        "--dataset",
+        "flickr8k",
+        "--fusion_layers",
+        "1",
+        "--no-trace",
+        *SMALL,
+        "--batch_sizes",
+        "1",
+        "--steps",
+        "1",
+    )
     found = profiled(cli, "--output_dir", tmp_path, *flags)
     assert found["task"] == "Captioner"
     assert found["trace"] is None
@@ -99,7 +110,7 @@ def test_a_dense_model_has_no_routing_and_no_twin(cli: Cli, tmp_path: Path, caps
 
 def test_a_classifier_that_reads_descriptions(cli: Cli, tmp_path: Path) -> None:
     flags = ("--classify_with", "descriptions", "--fusion_layers", "1", "--use_gradient_checkpointing", "true")
-    found = profiled(cli, "--output_dir", tmp_path, *SMALL, *flags, "--batch_sizes", "1", "--no-trace")
+    found = profiled(cli, "--output_dir", tmp_path, *SMALL, *flags, "--batch_sizes", "1", "--steps", "1", "--no-trace")
     [cross] = [row for row in found["parts"] if row["part"] == "cross-attention"]
     assert cross["backward_flops"] == 3 * cross["forward_flops"]  # both gradients, and the forward pass once more
 

@@ -22,7 +22,7 @@ from diffmoe.visualization.figures import (
     training_curves,
 )
 from diffmoe.visualization.language import speaking
-from diffmoe.visualization.profile import flops_against_time, memory_by_part, throughput, time_by_part
+from diffmoe.visualization.profile import costs_by_part, throughput
 from diffmoe.visualization.report import Facts, Section, write_report
 
 __all__ = [
@@ -35,11 +35,10 @@ __all__ = [
     "class_maps",
     "coactivation_map",
     "confusion_matrix",
+    "costs_by_part",
     "embedding_map",
     "favourite_patches",
-    "flops_against_time",
     "load_over_time",
-    "memory_by_part",
     "per_class",
     "prediction_grid",
     "ranked_texts",
@@ -51,7 +50,6 @@ __all__ = [
     "speaking",
     "specialization",
     "throughput",
-    "time_by_part",
     "training_curves",
     "utilization",
     "word_maps",

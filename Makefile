@@ -2,17 +2,20 @@
 VENV   ?= .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
+DEMO   := $(VENV)/.demo
 READY  := $(VENV)/.ready
 
 .PHONY: demo test lint bench clean
 
-demo: $(READY)
+demo: $(DEMO)
 	$(BIN)/python main.py --dataset digits --mode train_test \
 		--save_dir checkpoints/demo --output_dir visualizations/demo --overwrite
-	@echo 'to see what its experts do with a picture: $(BIN)/diffmoe app   then open http://127.0.0.1:7860'
+	@echo 'to use it from here:  . $(BIN)/activate   then  diffmoe --help'
+	@echo 'to see what its experts do:  diffmoe visualize --checkpoint checkpoints/demo/digits_model.pth'
 
+# Two processes of one thread each: tests are small, and torch's threads would only wait for each other.
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -25,9 +28,16 @@ bench: $(READY)
 clean:
 	rm -rf $(VENV) checkpoints visualizations
 
-# The environment is made once, and again when what it is made from changes.
-$(READY): pyproject.toml constraints.txt
+# The environment is made once, and again when what it is made from changes: for the demo what the program needs and no
+# more, for everything else also the tools, the page, the scorer of captions and what the benchmarks compare with.
+$(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -c constraints.txt -e '.[dev,caption,bench,app]'
+
+$(DEMO): pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/pip install -c constraints.txt -e .
 	touch $@
+
+$(READY): pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/pip install -c constraints.txt -e '.[dev,caption,bench,app]'
+	touch $(DEMO) $@

@@ -18,6 +18,7 @@ from vits import VitBlock, timm_block
 from diffmoe.config import ModelConfig
 from diffmoe.model.encoders import UnifiedModalEncoder
 from diffmoe.model.moe import GeneralExperts
+from diffmoe.model.sequence import TokenSequence
 
 VIT_GOAL = 1.1
 """The block's time over the equal-FLOPs ViT block's, at most."""
@@ -92,7 +93,7 @@ class MoeBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        return self.block(x)[0]
+        return self.block(TokenSequence(x))[0]
 
 
 if __name__ == "__main__":

@@ -21,15 +21,10 @@ import torch
 from torch import Tensor
 
 from diffmoe.config import DataConfig
-from diffmoe.data import CaptionDataset, LazyImages, load_captions
-from diffmoe.evaluation import (
-    caption_metrics,
-    constant_caption,
-    nearest_pictures,
-    normalize_captions,
-    retrieval_metrics,
-    word_vectors,
-)
+from diffmoe.data.loading import Dataset, load_dataset
+from diffmoe.data.pictures import LazyImages, PictureSpec
+from diffmoe.evaluation.captions import caption_metrics, constant_caption, nearest_pictures, normalize_captions
+from diffmoe.evaluation.retrieval import retrieval_metrics, word_vectors
 
 
 def main() -> None:
@@ -44,7 +39,7 @@ def main() -> None:
     if args.captions and not args.captions.is_file():
         parser.error(f"captions is {str(args.captions)!r}: it must be the captions.json of a test")
     data_dir = None if args.dataset == "shapes" else args.data_dir
-    data = load_captions(DataConfig(dataset=args.dataset, data_dir=data_dir), img_size=args.img_size, in_channels=3)
+    data = load_dataset(DataConfig(dataset=args.dataset, data_dir=data_dir), PictureSpec(args.img_size, 3))
     results = measure(data, args.captions)
     print(json.dumps(results) if args.json else table(results))
 
@@ -61,7 +56,7 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def measure(data: CaptionDataset, captions: Path | None = None) -> dict[str, Any]:
+def measure(data: Dataset, captions: Path | None = None) -> dict[str, Any]:
     """Metrics of both baselines on the test split, and of the captions in a file."""
     test, train = data.test, data.train
     references = [normalize_captions(texts) for texts in test.captions]

@@ -7,22 +7,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import cast
 
 import torch
 from lightning_fabric import Fabric
-from timing import float32_products
+from timing import autocast, float32_products
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from vits import count_flops
 
 from diffmoe.config import ModelConfig, TrainingConfig
+from diffmoe.config.recipes import recipe
 from diffmoe.model.heads import ImageClassifier
-from diffmoe.objectives import ClassificationObjective
-from diffmoe.recipes import recipe
-from diffmoe.training import make_optimizer, train_step
+from diffmoe.training.objective import Trainee
+from diffmoe.training.optimizer import make_optimizer
 
 LEARNING_RATE = 1e-3
+CLIP_NORM = 1.0
 Batch = tuple[Tensor, Tensor]
 """Pictures float32 (B, C, size, size) and labels int64 (B,)."""
 
@@ -80,24 +80,11 @@ def active_flops(config: ModelConfig, batch_size: int) -> float:
     return one + (batch_size - 1) * (two - one)
 
 
-class PlainObjective(nn.Module):
-    """Cross-entropy of a model of pictures alone, for `train_step`."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """A batch -> the loss, and what to report."""
-        loss = nn.functional.cross_entropy(self.model(images).float(), labels)
-        return loss, {"loss": loss}
-
-
 class TrainingStep:
-    """Forward, backward, clipping and optimizer step, as a contender. The optimizer moves the routers.
+    """Forward, backward, clipping and optimizer step, as a contender: the loop's own. The optimizer moves the routers.
 
     Args:
-        model: an `ImageClassifier`, or a model of pictures alone.
+        model: the classifier.
         mode: of `timing.FLOAT32_PRODUCTS`.
         device: where to compute.
         optimizer: of the model's parameters; None is the program's own.
@@ -106,7 +93,7 @@ class TrainingStep:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: ImageClassifier,
         mode: str = "onednn",
         device: str = "cpu",
         optimizer: Optimizer | None = None,
@@ -114,15 +101,33 @@ class TrainingStep:
     ) -> None:
         self.mode = mode
         precision = "bf16-mixed" if mode == "bfloat16" else "32-true"
-        self.fabric = Fabric(accelerator=device, devices=1, precision=precision)
-        is_ours = isinstance(model, ImageClassifier)
-        objective = ClassificationObjective(model) if is_ours else PlainObjective(model)
-        optimizer = optimizer or make_optimizer(model, TrainingConfig())
-        self.objective, self.optimizer = self.fabric.setup(
-            cast(nn.Module, torch.compile(objective)) if compiled else objective, optimizer
-        )
+        fabric = Fabric(accelerator=device, devices=1, precision=precision)
+        config = TrainingConfig(clip_norm=CLIP_NORM, label_smoothing=0.0, compile=compiled)
+        self.trainee = Trainee(fabric, model, config)
+        if optimizer is not None:
+            self.trainee.optimizer = fabric.setup_optimizers(optimizer)
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        """One step; returns what `train_step` does."""
+        """One step; returns what `Trainee.step` does."""
         with float32_products(self.mode):
-            return train_step(self.fabric, self.objective, self.optimizer, [batch], rate=LEARNING_RATE, clip_norm=1.0)
+            return self.trainee.step([batch], LEARNING_RATE)
+
+
+class PlainStep:
+    """The same work for a model of pictures alone, as a contender: cross-entropy, clipping, the same optimizer."""
+
+    def __init__(self, model: nn.Module, mode: str = "onednn", device: str = "cpu") -> None:
+        self.model, self.mode, self.device = model.to(device), mode, device
+        self.optimizer = make_optimizer(model, TrainingConfig(lr=LEARNING_RATE))
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """One step; returns the loss."""
+        images, labels = batch
+        with float32_products(self.mode):
+            with autocast(self.mode, self.device):
+                loss = nn.functional.cross_entropy(self.model(images).float(), labels)
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()

@@ -20,8 +20,12 @@ from PIL import Image
 from tables import Row, judged, show
 
 from diffmoe.config import DataConfig
-from diffmoe.data import Augmentation, Batches, LazyImages, Split, load_dataset
+from diffmoe.data.augmentation import Augmentation
+from diffmoe.data.batches import Batches
 from diffmoe.data.folders import FilePictures
+from diffmoe.data.loading import load_dataset
+from diffmoe.data.pictures import LazyImages, PictureSpec
+from diffmoe.data.splits import Split
 from diffmoe.hardware import keep_freed_memory
 
 NOTES = ["in memory: one uint8 tensor; streamed: JPEG files, decoded by worker processes. Both cropped and mirrored."]
@@ -69,7 +73,7 @@ def real_splits(args: argparse.Namespace) -> dict[str, Split]:
     splits = {}
     for name, limit in (("in_memory", 64.0), ("streamed", 0.0)):
         config = DataConfig(dataset=args.dataset, data_dir=args.data_dir, max_memory_gb=limit)
-        train = load_dataset(config, img_size=args.img_size, in_channels=args.in_channels).train
+        train = load_dataset(config, spec(args)).train
         splits[name] = train.subset(torch.arange(min(len(train), args.pictures)))
     return splits
 
@@ -85,16 +89,21 @@ def synthetic_splits(args: argparse.Namespace, folder: Path) -> dict[str, Split]
     for name in names:
         noise = torch.randint(0, 256, (4, 4, args.in_channels), dtype=torch.uint8, generator=generator).squeeze(-1)
         Image.fromarray(noise.numpy()).resize((size, size)).save(folder / name)
-    lazy = LazyImages.of(FilePictures(folder, names), args.img_size, args.in_channels)
+    lazy = LazyImages.of(FilePictures(folder, names), spec(args))
     return {"in_memory": Split(images, labels), "streamed": Split(lazy, labels)}
+
+
+def spec(args: argparse.Namespace) -> PictureSpec:
+    """What a picture is to the model; the statistics do not matter here."""
+    half = (0.5,) * args.in_channels
+    return PictureSpec(args.img_size, args.in_channels, half, half)
 
 
 def measure(split: Split, args: argparse.Namespace) -> float:
     """Pictures per second over one epoch of the loader alone."""
-    channels = [0.5] * args.in_channels
     augment = Augmentation(crop_padding=min(4, args.img_size - 1), flip=True)
     batches = Batches(
-        split, args.batch_size, mean=channels, std=channels, shuffle=True, augment=augment, num_workers=args.workers
+        split, args.batch_size, picture=spec(args), shuffle=True, augment=augment, num_workers=args.workers
     )
     start = time.perf_counter()
     for _ in batches.epoch():
@@ -109,8 +118,7 @@ class Training:
         config = preset_config("tiny", "cifar10", img_size=args.img_size, in_channels=args.in_channels)
         keep_freed_memory()
         self.step = TrainingStep(classifier(config))
-        half = [0.5] * args.in_channels
-        self.batches = Batches(split, args.batch_size, mean=half, std=half, shuffle=True)
+        self.batches = Batches(split, args.batch_size, picture=spec(args), shuffle=True)
         self.steps = 10
 
     def measure(self) -> float:

@@ -18,8 +18,8 @@ from tables import Row, Tables, comparison, show, slowdown
 from timing import Contender, Times, add_timing_flags, autocast, float32_products, parse, race
 from torch import Tensor
 
-from diffmoe.config import ModelConfig
-from diffmoe.model.captioner import END_ID, Captioner
+from diffmoe.config import END_ID, ModelConfig
+from diffmoe.model.captioner import Captioner
 from diffmoe.model.heads import ImageClassifier
 
 GOALS = {"small": 1.5}
@@ -87,12 +87,12 @@ class Prediction:
     def __init__(self, model: ImageClassifier, mode: str, device: str) -> None:
         self.model, self.mode, self.device = model.to(device).eval(), mode, device
         with torch.inference_mode():
-            self.classes = self.model.class_features()
+            self.constants = self.model.constants()
 
     def __call__(self, images: Tensor) -> Tensor:
         """(B, C, size, size) -> logits (B, classes)."""
         with torch.inference_mode(), float32_products(self.mode), autocast(self.mode, self.device):
-            return self.model(images, classes=self.classes, need_losses=False)["logits"]
+            return self.model.classify(images, **self.constants).logits
 
 
 def compare_generation(preset: str, args: argparse.Namespace) -> list[Row]:

@@ -17,7 +17,8 @@ from tables import installed_version
 from torch import Tensor, nn
 
 from diffmoe.model.layers import Expert
-from diffmoe.model.moe import GeneralExperts, Routing
+from diffmoe.model.moe import GeneralExperts
+from diffmoe.model.routers import Routing
 
 MOST_COPIED = 2e9
 """Bytes of weights that a layer may copy before it is left out."""

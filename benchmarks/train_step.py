@@ -12,7 +12,7 @@ import argparse
 import dataclasses
 
 import torch
-from classifiers import TrainingStep, active_flops, batch_source, classifier, preset_config, resized
+from classifiers import PlainStep, TrainingStep, active_flops, batch_source, classifier, preset_config, resized
 from memory import peak_of_steps
 from naive import NaiveStep, naive_classifier
 from tables import Row, Tables, comparison, judged, show, slowdown
@@ -109,7 +109,7 @@ def compare_with_baseline(args: argparse.Namespace) -> list[Row]:
     contenders: dict[str, Contender] = {
         "tiny": TrainingStep(model, mode, args.device),
         "tiny, naive": NaiveStep(naive_classifier(model), args.device),
-        "timm ViT": TrainingStep(vit, mode, args.device),
+        "timm ViT": PlainStep(vit, mode, args.device),
     }
     times = race(contenders, batch_source(config, args.batch_size, args.device, args.seed), args)
     goals = {"tiny, naive": NAIVE_GOAL}

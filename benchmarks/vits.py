@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffmoe.config import ModelConfig
 from diffmoe.model.layers import Attention, Expert
+from diffmoe.model.sequence import TokenSequence
 
 
 def active_hidden(config: ModelConfig) -> int:
@@ -37,7 +38,7 @@ class VitBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        x = x + self.attention(self.attention_norm(x))[0]
+        x = x + self.attention(TokenSequence(self.attention_norm(x)))[0]
         return x + self.mlp(x)
 
 

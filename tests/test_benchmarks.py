@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import shlex
@@ -37,20 +38,8 @@ sys.path.insert(0, str(FOLDER))  # where `python benchmarks/x.py` finds its neig
 ) = (
     importlib.import_module(name)
     for name in (
-        *(
-            "block",
-            "caption_baselines",
-            "classifiers",
-            "inference",
-            "memory",
-            "moe_layer",
-            "naive",
-            "peers",
-            "report",
-            "tables",
-            "timing",
-        ),
-        *("train_step", "vits"),
+        *("block", "caption_baselines", "classifiers", "inference", "memory", "moe_layer", "naive", "peers"),
+        *("report", "tables", "timing", "train_step", "vits"),
     )
 )
 
@@ -179,7 +168,7 @@ def test_the_dense_layer_has_the_pools_flops_less_the_routers() -> None:
     dense = Expert(width, top_k * 3)
     x = torch.randn(tokens, width)
     expected = tokens * 2 * 2 * width * (top_k * 3 * width)  # two products, two FLOPs a multiply-add
-    router_dim = pool.router.keys.shape[1]
+    router_dim = peers.Routed(pool).router_weight.shape[1]
     router = 2 * num_experts * router_dim * width + 2 * tokens * width * num_experts
     assert vits.count_flops(dense, x) == expected
     assert vits.count_flops(peers.LoopWithMasks(pool), x) == expected + router
@@ -205,6 +194,39 @@ def test_the_vit_of_timm_has_the_classifiers_active_flops(preset: str) -> None:
     target = classifiers.active_flops(config, 128) / 128
     vit = vits.timm_classifier(config, target)
     assert vits.picture_flops(vit, config) == pytest.approx(target, rel=0.01)
+
+
+def test_a_plain_step_is_the_loops_own() -> None:
+    config = classifiers.preset_config("tiny", embed_dim=32, num_heads=2, dense=True, dropout=0.0)
+    ours = classifiers.ImageClassifier(config)  # without descriptions and experts it has no losses of its own
+    theirs = copy.deepcopy(ours)
+
+    class Logits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = theirs
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.model.classify(images).logits
+
+    draw = classifiers.batch_source(config, 8, "cpu")
+    steps = classifiers.TrainingStep(ours, "float32"), classifiers.PlainStep(Logits(), "float32")
+    before = copy.deepcopy(ours.state_dict())
+    for _ in range(2):
+        batch = draw()
+        for step in steps:
+            step(batch)
+    torch.testing.assert_close(theirs.state_dict(), ours.state_dict(), rtol=1e-5, atol=1e-6)
+    assert not torch.equal(ours.head.weight, before["head.weight"])
+
+
+def test_the_naive_step_has_an_optimizer_of_its_own() -> None:
+    config = classifiers.preset_config("tiny", embed_dim=32, num_heads=2, vocab_size=50, text_embed_dim=8)
+    step = naive.NaiveStep(naive.naive_classifier(classifiers.classifier(config)))
+    step(classifiers.batch_source(config, 4, "cpu")())
+    optimizer = step.step.trainee.optimizer
+    assert optimizer.state
+    assert not optimizer.defaults["fused"]
 
 
 def test_active_flops_are_the_dense_presets_whatever_the_batch() -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffmoe import checkpoint
 from diffmoe.config import DataConfig, UserError
 from diffmoe.files import check_outside_data, check_writable, write_atomically
+from diffmoe.storage import model_files
 
 
 def test_writes_and_makes_the_folder(tmp_path):
@@ -62,7 +62,7 @@ def test_a_full_disk_is_one_line_and_the_old_file_stays(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # stands in for the disk
     try:
         with pytest.raises(UserError, match=r"model\.pth cannot be written"):
-            checkpoint.write(path, {"weights": torch.zeros(10_000)})
+            model_files.write(path, {"weights": torch.zeros(10_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_text() == "old"

@@ -1,4 +1,4 @@
-"""Devices that are not there, and the fast matrix product that must stay exact."""
+"""Devices that are not there, the fast matrix product that must stay exact, and settings that end with a run."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffmoe.config import RunConfig, UserError
-from diffmoe.hardware import make_fabric, pick_device, use_fast_matmul
+from diffmoe import hardware
+from diffmoe.config import UserError
+from diffmoe.hardware import keep_freed_memory, pick_device, tuned, use_fast_matmul
 
 MATMUL: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue] - it is there
 
@@ -35,20 +36,6 @@ def test_auto_takes_the_best_there_is(monkeypatch):
     assert pick_device("cpu") == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert pick_device("auto") == torch.device("cuda")
-
-
-def test_fabric_on_a_cpu_computes_in_float32():
-    fabric = make_fabric(RunConfig(device="cpu"))
-    assert (fabric.device.type, fabric.world_size) == ("cpu", 1)
-    model = fabric.setup(torch.nn.Linear(3, 2))
-    assert model(torch.zeros(1, 3)).dtype == torch.float32
-
-
-def test_more_gpus_than_there_are_is_one_line(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(UserError, match=r"^num_devices is 3: this machine has 2$"):
-        make_fabric(RunConfig(device="cuda", num_devices=3))
 
 
 def worst_error(shape: tuple[int, int, int], seed: int) -> float:
@@ -82,3 +69,40 @@ def test_fast_matmul_draws_nothing_from_the_global_generator():
     state = torch.get_rng_state()
     use_fast_matmul()
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_settings_end_with_the_run_however_it_ends(monkeypatch, error):
+    """A notebook that trains computes afterwards as it did before, and gives its memory back as before."""
+    thresholds: list[tuple[int, int]] = []
+    monkeypatch.setattr(hardware, "_mallopt", lambda *given: thresholds.append(given) or True)
+    monkeypatch.setattr(hardware.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.setattr(hardware.sys, "platform", "linux")
+    monkeypatch.setattr(hardware, "use_fast_matmul", lambda: setattr(MATMUL, "fp32_precision", "bf16"))
+    before = MATMUL.fp32_precision
+    try:
+        with tuned():
+            assert MATMUL.fp32_precision == "bf16"
+            assert thresholds == [(32 * 2**20, 2**31 - 1)]
+            if error:
+                raise error
+    except KeyboardInterrupt:
+        assert error
+    assert MATMUL.fp32_precision == before
+    assert thresholds[1:] == [(128 * 1024, 128 * 1024)]  # as mallopt(3) has them in a fresh process
+
+
+@pytest.mark.parametrize(("system", "library"), [("darwin", ("", "")), ("linux", ("", "")), ("linux", ("musl", "1"))])
+def test_memory_is_kept_with_glibc_only(monkeypatch, system, library):
+    monkeypatch.setattr(hardware, "_mallopt", lambda *_: pytest.fail("there is no such function"))
+    monkeypatch.setattr(hardware.sys, "platform", system)
+    monkeypatch.setattr(hardware.platform, "libc_ver", lambda: library)
+    assert not keep_freed_memory()
+    with tuned():
+        pass
+
+
+@pytest.mark.skipif(hardware.platform.libc_ver()[0] != "glibc", reason="no glibc")
+def test_glibc_takes_the_thresholds():
+    with tuned():
+        assert keep_freed_memory()

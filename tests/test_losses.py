@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import exp, log, log1p
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffmoe import losses
 
@@ -151,6 +153,54 @@ def test_contrastive_counts_a_repeated_text_once() -> None:
     text = torch.eye(2)[[0, 0, 1]]
     loss = losses.contrastive_loss(SHARED_IMAGE, text, first, log(2), candidates=first == torch.arange(3))
     assert loss.item() == pytest.approx(SHARED_TEXT_LOSS)
+
+
+def repeated_texts(seed: int, texts: int, length: int) -> Tensor:
+    """Half of the texts are another one again, some of them another one but for a single token."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, 50, (texts, length), generator=generator)
+    tokens[texts // 2 :] = tokens[torch.randint(0, texts // 2, (texts - texts // 2,), generator=generator)]
+    changed = torch.randint(0, texts, (texts // 4,), generator=generator)
+    tokens[changed, torch.randint(0, length, changed.shape, generator=generator)] += 50
+    return tokens
+
+
+@few
+@given(seed=seeds, texts=st.integers(1, 24), length=st.integers(1, 9), bytes_at_a_time=st.sampled_from([1, 300, 2**24]))
+def test_first_occurrence_is_that_of_a_loop_however_few_columns_are_compared_at_a_time(
+    seed: int, texts: int, length: int, bytes_at_a_time: int
+) -> None:
+    tokens = repeated_texts(seed, max(texts, 2), length)[:texts]
+    rows = [tuple(row) for row in tokens.tolist()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(losses, "COMPARED_BYTES", bytes_at_a_time)
+        first = losses.first_occurrence(tokens)
+    assert first.tolist() == [rows.index(row) for row in rows]
+    assert first.dtype == torch.int64
+
+
+class Largest(TorchDispatchMode):
+    """The most bytes that any one tensor of a computation has."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, list | tuple) else [made]:
+            if isinstance(tensor, Tensor):
+                self.num_bytes = max(self.num_bytes, tensor.numel() * tensor.element_size())
+        return made
+
+
+@pytest.mark.parametrize("texts", [64, 1000, 4096, 32768])
+def test_first_occurrence_takes_a_byte_for_each_pair_and_a_bounded_part_besides(texts: int) -> None:
+    """On tensors without data: so nothing is read back either, which on a GPU would wait for it."""
+    tokens = torch.empty(texts, 32, dtype=torch.int64, device="meta")
+    with Largest() as largest:
+        losses.first_occurrence(tokens)
+    pairs = texts**2  # all 32 columns of 4,096 texts at once would take 0.5 GB
+    assert pairs <= largest.num_bytes <= max(pairs, losses.COMPARED_BYTES)
+    assert losses.COMPARED_BYTES <= 2**26
 
 
 def test_contrastive_text_without_a_picture_is_only_a_negative() -> None:

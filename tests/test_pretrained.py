@@ -22,6 +22,7 @@ from diffmoe.model.captioner import Captioner
 from diffmoe.model.encoders import UnifiedModalEncoder
 from diffmoe.model.heads import ImageClassifier
 from diffmoe.model.moe import GeneralExperts
+from diffmoe.model.sequence import TokenSequence
 from diffmoe.pretrained import start_from
 
 VOCABULARY, WIDTH, HIDDEN, CONTEXT = 49408, 8, 24, 10
@@ -166,8 +167,8 @@ class TestUpcycling:
             if top_k == 1:  # the gate is the probability itself
                 expected = routing.probs.amax(-1, keepdim=True) * expected
             torch.testing.assert_close(y, expected, rtol=0, atol=1e-10)
-            after_attention = x + block.attention(block.attention_norm(x))[0]
-            out, routing, _ = block(x)
+            after_attention = x + block.attention(TokenSequence(block.attention_norm(x)))[0]
+            out, routing, _ = block(TokenSequence(x))
             expected = dense_ffn(state, f"{tower}.resblocks.{layer}.", after_attention)
             if top_k == 1:
                 expected = routing.probs.amax(-1, keepdim=True) * expected
@@ -178,15 +179,15 @@ class TestUpcycling:
         start_from(model, save(state, tmp_path / "clip.pt"))
         block = blocks_of(model.double().eval(), "transformer")[1]
         x = torch.randn(5, 7, WIDTH, dtype=torch.float64)
-        x_attended = x + block.attention(block.attention_norm(x))[0]
+        x_attended = x + block.attention(TokenSequence(block.attention_norm(x)))[0]
         expected = x_attended + dense_ffn(state, "transformer.resblocks.1.", x_attended)
-        torch.testing.assert_close(block(x)[0], expected, rtol=0, atol=1e-10)
+        torch.testing.assert_close(block(TokenSequence(x))[0], expected, rtol=0, atol=1e-10)
 
     def test_what_starts_at_zero_learns_from_the_first_step(self, tmp_path: Path) -> None:
         model = ImageClassifier(CONFIG)
         start_from(model, save(clip_state(), tmp_path / "clip.pt"))
         block = blocks_of(model, "visual.transformer")[0]
-        block(torch.randn(3, 7, WIDTH))[0].pow(2).sum().backward()
+        block(TokenSequence(torch.randn(3, 7, WIDTH)))[0].pow(2).sum().backward()
         for expert in (block.global_expert, block.modality_expert):
             assert expert is not None
             assert not expert.fc2.weight.any()

@@ -1,7 +1,11 @@
-"""What the READMEs say can be done, done: every command on a small set, every Python example, every link."""
+"""What the READMEs say can be done, done: every command on a small set, every Python example, every link; and the
+examples.
+"""
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import json
 import re
 import shlex
@@ -13,7 +17,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffmoe.config import DataConfig, recipes
 from diffmoe.data import shapes
+from diffmoe.data.loading import load_dataset
+from diffmoe.data.pictures import PictureSpec
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = ("README.md", "README.zh-CN.md")
@@ -32,7 +39,7 @@ def commands(readme: str) -> list[list[str]]:
 
 @pytest.fixture
 def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working folder but for `flowers`, a picture, and sets named like those of the README."""
+    """An empty working folder but for `flowers`, two pictures, and sets named like those of the README."""
     generator = np.random.default_rng(0)
     for dataset in ("flowers", "sets/cifar10"):
         for split, count in (("train", 12), ("test", 4)):
@@ -52,13 +59,17 @@ def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         rows.append({"image": f"photos/{number}.jpg", "caption": f"picture number {number}", "split": split})
     (captioned / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (tmp_path / "photos").symlink_to(captioned / "photos")
+    Image.fromarray(generator.integers(0, 256, (8, 8), dtype=np.uint8)).save(tmp_path / "digit.png")
     monkeypatch.setattr(shapes, "SPLIT_SIZES", {"train": 24, "validation": 4, "test": 8})
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_every_command_runs_in_its_order(pictures: Path, cli: Callable[..., Any]) -> None:
+def test_every_command_runs_in_its_order(
+    pictures: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of the English one: the Chinese has the same."""
+    monkeypatch.setattr("shutil.which", lambda _: None)  # no Java: METEOR's processes take seconds each
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     ran = 0
     for words in commands("README.md"):
@@ -70,17 +81,8 @@ def test_every_command_runs_in_its_order(pictures: Path, cli: Callable[..., Any]
         if "train_test" in argv:
             argv = [*argv, *SMALL]
         if argv[0] == "profile":
-            argv = [
-                *argv,
-                *SMALL[: SMALL.index("--epochs")],
-                "--steps",
-                "1",
-                "--batch_sizes",
-                "1",
-                "2",
-                "--batch_size",
-                "8",
-            ]
+            few = ["--steps", "1", "--batch_sizes", "1", "2", "--batch_size", "8"]
+            argv = [*argv, *SMALL[: SMALL.index("--epochs")], *few]
         if argv[0] == "visualize" or {"cifar10", "flickr8k"} & set(argv):
             argv = [*argv, "--data_dir", "sets"]  # the reader's come from the hub
         result = cli(*argv)
@@ -91,24 +93,69 @@ def test_every_command_runs_in_its_order(pictures: Path, cli: Callable[..., Any]
         assert (pictures / "checkpoints" / f"{name}_model.pth").exists()
 
 
+@pytest.fixture
+def tiny_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the recipes, only smaller, so that three epochs take a second."""
+    small = {"embed_dim": 16, "num_heads": 2, "text_embed_dim": 8, "patch_embed": "linear", "fusion_layers": 1}
+    known = recipes.presets()
+    monkeypatch.setattr(recipes, "presets", lambda: {**known, "tiny": {**known["tiny"], **small}})
+
+
+@pytest.mark.usefixtures("tiny_preset")
 @pytest.mark.parametrize("readme", READMES)
-def test_every_python_example_runs(readme: str) -> None:
-    for source in blocks(readme, "python"):
+def test_every_python_example_runs(readme: str, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sources = blocks(readme, "python")
+    assert any("from diffmoe import Predictor, test, train" in source for source in sources)
+    for source in sources:
         exec(compile(source, readme, "exec"), {})
+    assert (pictures / "routing.png").read_bytes().startswith(b"\x89PNG")
+    out, err = capsys.readouterr()
+    assert re.fullmatch(r"0\.\d+\n", out)  # the accuracy: quiet is quiet
+    assert not err
+
+
+@pytest.mark.usefixtures("tiny_preset", "pictures")
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
+def test_every_example_runs(example: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = importlib.util.spec_from_file_location(example.stem, example)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main()
+    out, err = capsys.readouterr()
+    assert re.search(r"accuracy.* \d+\.\d%", out)
+    assert not err
 
 
 @pytest.mark.parametrize("readme", READMES)
+def test_what_the_program_prints_of_its_data_is_as_shown(readme: str) -> None:
+    shown = blocks(readme, "text")[0].splitlines()
+    assert shown[0] == load_dataset(DataConfig(dataset="digits"), PictureSpec(8, 1)).summary()
+
+
+@pytest.mark.parametrize("readme", [*READMES, "docs/performance.md"])
 def test_every_link_and_named_file_is_there(readme: str) -> None:
     text = (ROOT / readme).read_text(encoding="utf-8")
-    targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", text) + re.findall(
-        r"`((?:src|docs|examples|configs)/[\w./-]*)`", text
-    )
-    assert targets
-    assert [target for target in targets if not (ROOT / target).exists()] == []
+    links = [(ROOT / readme).parent / link for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text)]
+    named = [ROOT / name for name in re.findall(r"`((?:src|docs|examples|configs|benchmarks|tests)/[\w./-]*)`", text)]
+    assert links
+    assert named
+    assert [target for target in links + named if not target.exists()] == []
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_the_table_of_files_has_the_whole_package(readme: str) -> None:
+    text = (ROOT / readme).read_text(encoding="utf-8")
+    there = [path for path in (ROOT / "src" / "diffmoe").iterdir() if not path.name.startswith("_")]
+    names = {f"src/diffmoe/{path.name}" + ("/" if path.is_dir() else "") for path in there}
+    assert {name for name in names if f"`{name}`" not in text} == set()
 
 
 def test_the_two_readmes_say_the_same() -> None:
     english, chinese = READMES
     assert commands(english) == commands(chinese)
+    code = [[ast.dump(ast.parse(source)) for source in blocks(readme, "python")] for readme in READMES]
+    assert code[0] == code[1]
     figures = [re.findall(r"\d+\.\d+ ?%|\d+\.\d+ GB", (ROOT / readme).read_text("utf-8")) for readme in READMES]
     assert figures[0] == figures[1]

@@ -1,64 +1,132 @@
-"""What a run leaves on disk: complete, in the promised form, and nobody else's."""
+"""A run is a function: settings in, metrics out; and what it leaves on disk is whole, and nobody else's."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import math
-import os
 import shutil
 import signal
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
+from tests.training.events import read_scalars
+from tests.training.signals import send_at
 
+import diffmoe
 from diffmoe import runs
-from diffmoe import training as loop
-from diffmoe.commands import classification, training
-from diffmoe.config import RunConfig
-from diffmoe.files import write_atomically
-from diffmoe.runs import RunFiles
-
-TRAINING_KEYS = {
-    *("dataset", "mode", "seed", "epochs", "steps", "images_per_second", "train_seconds"),
-    *("parameters_total", "parameters_active", "val_accuracy"),
-}
+from diffmoe.commands import train as command
+from diffmoe.config import UserError
+from diffmoe.model.heads import ImageClassifier
+from diffmoe.storage.run_files import RunFiles
+from diffmoe.tasks.classification import Classification
+from diffmoe.training.objective import Trainee
 
 
 def read_metrics(save_dir: Path) -> dict[str, Any]:
     return json.loads((save_dir / "digits" / "metrics.json").read_text())
 
 
-def read_events(folder: Path) -> Any:
-    """What TensorBoard shows of a folder."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder), size_guidance={"histograms": 0, "images": 0})
-    return events.Reload()
-
-
-def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Each curve's steps and values."""
-    events = read_events(folder)
-    return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+FLAGS: dict[str, Any] = {
+    **{"device": "cpu", "embed_dim": 16, "num_heads": 2, "img_encoder_layers": 1, "text_encoder_layers": 1},
+    **{"text_embed_dim": 8, "max_text_len": 8, "test_fraction": 0.7, "val_fraction": 0.5},
+}
+"""Those of `tiny_flags`."""
 
 
-class TestMetrics:
-    def test_training_writes_the_promised_keys(self, trained):
-        metrics = read_metrics(trained.save_dir)
-        assert metrics.keys() >= TRAINING_KEYS
-        assert (metrics["dataset"], metrics["mode"], metrics["seed"]) == ("digits", "train", 0)
-        assert (metrics["epochs"], metrics["steps"]) == (2, 10)  # 269 pictures in batches of 64: 5 steps an epoch
-        assert metrics["images_per_second"] == pytest.approx(2 * 269 / metrics["train_seconds"], rel=1e-4)
-        assert 0 < metrics["parameters_active"] < metrics["parameters_total"]
-        assert 0 <= metrics["val_accuracy"] <= 1
+def process_state() -> list[Any]:
+    """What a run changes for its process while it is on."""
+    matmul: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue] - it is there
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    return [
+        *handlers,
+        torch.get_rng_state().tolist(),
+        matmul.fp32_precision,
+        torch.get_num_threads(),
+        torch.is_grad_enabled(),
+    ]
 
+
+class TestFunctions:
+    def test_give_the_metrics_and_leave_the_process_as_it_was(self, tmp_path, capfd):
+        before = process_state()
+        where: dict[str, Any] = {"dataset": "digits", "save_dir": tmp_path / "runs", "output_dir": str(tmp_path)}
+        trained = diffmoe.train(**FLAGS, **where, epochs=1, data_dir=None, flip=False, quiet=True)
+        assert process_state() == before
+        assert trained == read_metrics(tmp_path / "runs")
+        assert (trained["dataset"], trained["mode"], trained["epochs"]) == ("digits", "train", 1)
+        tested = diffmoe.test(**FLAGS, **where, quiet=True)
+        assert process_state() == before
+        assert tested == read_metrics(tmp_path / "runs")
+        assert 0 <= tested["test_accuracy"] <= 1
+        assert trained.items() - {("mode", "train")} <= {(k, v) for k, v in tested.items() if k in trained}
+        assert capfd.readouterr() == ("", "")
+
+    def test_say_what_the_commands_say_unless_quiet(self, tmp_path, capsys, cli, own_run):
+        diffmoe.train(**FLAGS, save_dir=tmp_path / "runs", epochs=1)
+        told = capsys.readouterr()
+        assert "epoch 1/1" in told.out
+        assert told.err == ""
+        where = ("--save_dir", own_run.save_dir, "--output_dir", tmp_path)
+        diffmoe.test(save_dir=own_run.save_dir, output_dir=tmp_path, device="cpu")
+        told = capsys.readouterr().out
+        assert told == cli("test", *where, "--device", "cpu").out
+        assert "test, 1,258 pictures" in told  # as it was split for training, not by the defaults
+
+    @pytest.mark.parametrize(
+        ("flags", "says"),
+        [
+            ({"epoch": 3}, r"unknown flag --epoch \(did you mean 'epochs'\?\)"),
+            ({"epochs": 0}, "epochs is 0: it must be at least 1"),
+            ({"lr": "fast"}, "lr is 'fast': it must be a number"),
+            ({"dataset": "nowhere"}, "dataset is 'nowhere'"),
+            ({"mode": "test"}, "unknown flag --mode"),
+        ],
+    )
+    def test_a_mistake_is_raised(self, tmp_path, monkeypatch, flags, says):
+        monkeypatch.chdir(tmp_path)
+        for run in (diffmoe.train, diffmoe.test):
+            with pytest.raises(UserError, match=says):
+                run(**flags)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_what_stops_a_run_is_raised_and_it_can_go_on(self, tmp_path, monkeypatch):
+        before = process_state()
+        with monkeypatch.context() as patch:
+            send_at(patch, Trainee, "step", [2], signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt, match="SIGINT"):
+                diffmoe.train(**FLAGS, save_dir=tmp_path, epochs=1, quiet=True)
+        assert process_state() == before
+        assert diffmoe.train(**FLAGS, save_dir=tmp_path, epochs=1, quiet=True, resume=True)["steps"] == 5
+
+    def test_testing_on_several_devices_is_one_line(self, cli, own_run, snapshot):
+        before = snapshot(own_run.save_dir)
+        with pytest.raises(UserError, match=r"^num_devices is 2: testing runs on 1$"):
+            diffmoe.test(save_dir=own_run.save_dir, num_devices=2)
+        result = cli("test", "--save_dir", own_run.save_dir, "--num_devices", 2)
+        assert (result.code, result.err) == (2, "diffmoe: error: num_devices is 2: testing runs on 1\n")
+        assert snapshot(own_run.save_dir) == before
+
+    @pytest.mark.parametrize(("precision", "dtype"), [("32-true", None), ("bf16-mixed", torch.bfloat16)])
+    def test_testing_is_in_the_precision_asked_for(self, own_run, tmp_path, monkeypatch, precision, dtype):
+        found = []
+        classify = ImageClassifier.classify
+
+        def look(*args: Any, **kwargs: Any) -> Any:
+            found.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
+            return classify(*args, **kwargs)
+
+        monkeypatch.setattr(ImageClassifier, "classify", look)
+        where = {"save_dir": own_run.save_dir, "output_dir": tmp_path, "device": "cpu"}
+        diffmoe.test(**where, precision=precision, quiet=True)
+        assert set(found) == {dtype}
+
+
+class TestRuns:
     def test_testing_adds_to_them(self, cli, own_run, tmp_path):
         before = read_metrics(own_run.save_dir)
         assert cli("test", "--save_dir", own_run.save_dir, "--output_dir", tmp_path / "pictures").code == 0
@@ -70,109 +138,54 @@ class TestMetrics:
         names = {"confusion_matrix", "predictions", "calibration", "per_class", "training_curves"}
         assert {path.name for path in (tmp_path / "pictures" / "digits").iterdir()} == {f"{n}.png" for n in names}
 
-    def test_update_keeps_what_is_there(self, tmp_path):
-        files = RunFiles("digits", str(tmp_path))
-        files.update_metrics({"a": 1, "b": 2})
-        files.update_metrics({"b": 3, "c": "日"})
-        assert json.loads(files.metrics.read_text(encoding="utf-8")) == {"a": 1, "b": 3, "c": "日"}
+    def test_of_a_folder_of_pictures(self, cli, tiny_flags, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        generator = np.random.default_rng(0)
+        for name, grey in (("bright", 200), ("dark", 30)):
+            Path("pets", "train", name).mkdir(parents=True)
+            for number in range(12):
+                pixels = np.clip(generator.normal(grey, 10, (9, 11)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(Path("pets", "train", name, f"{number}.png"))
+        flags = [*tiny_flags, "--dataset", "pets", "--img_size", 8, "--patch_size", 2, "--in_channels", 1]
+        result = cli("train_test", *flags, "--epochs", 1)
+        assert (result.code, result.err) == (0, "")
+        assert "pets: " in result.out
+        metrics = json.loads(Path("checkpoints/pets/metrics.json").read_text())
+        assert metrics["class_names"] == ["bright", "dark"]
+        assert Path("visualizations/pets/confusion_matrix.png").is_file()
 
+    def test_of_a_dense_model_tested_twice_says_the_same(self, cli, tiny_flags, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        assert cli("train", *tiny_flags, "--preset", "tiny-dense", "--epochs", 1).code == 0
+        first, again = cli("test"), cli("test", "--preset", "tiny-dense")
+        assert first.code == 0
+        assert first.out == again.out
 
-class TestHistory:
-    ROWS = ({"epoch": 1, "loss": 1 / 3, "accuracy": 0.1}, {"epoch": 2, "loss": 1e-300, "accuracy": math.pi})
-
-    def test_round_trip_is_exact(self, tmp_path):
-        files = RunFiles("digits", str(tmp_path))
-        files.write_history(self.ROWS)
-        assert files.read_history() == list(self.ROWS)
-        assert [list(row) for row in files.read_history()] == [list(row) for row in self.ROWS]
-
-    def test_rows_of_an_earlier_version_have_nan_where_a_figure_is_new(self, tmp_path):
-        files = RunFiles("digits", str(tmp_path))
-        files.write_history([{"epoch": 1.0}, {"epoch": 2.0, "load": 0.5}])
-        first, second = files.read_history()
-        assert math.isnan(first["load"])
-        assert second == {"epoch": 2.0, "load": 0.5}
-
-    def test_none_is_no_rows(self, tmp_path):
-        assert RunFiles("digits", str(tmp_path)).read_history() == []
-
-    def test_a_run_writes_a_row_for_each_epoch(self, trained):
-        rows = list(csv.DictReader((trained.save_dir / "digits" / "history.csv").read_text().splitlines()))
-        assert [row["epoch"] for row in rows] == ["1", "2"]
-        best = max(float(row["val_accuracy"]) for row in rows)
-        assert read_metrics(trained.save_dir)["val_accuracy"] == pytest.approx(best, abs=1e-6)
-
-
-class TestTensorBoard:
-    def test_has_the_historys_curves(self, trained):
-        scalars = read_scalars(trained.save_dir / "digits")
-        rows = list(csv.DictReader((trained.save_dir / "digits" / "history.csv").read_text().splitlines()))
-        assert scalars.keys() == rows[0].keys() - {"epoch", "step"}
-        for name, points in scalars.items():
-            assert points == [(int(row["step"]), pytest.approx(float(row[name]), rel=1e-6)) for row in rows]
-
-    def test_histograms_are_the_experts_load_of_the_history(self, trained):
-        events = read_events(trained.save_dir / "digits")
-        tags = {name for name in events.Tags()["histograms"] if name.startswith("expert_load/")}
-        assert tags == {"expert_load/image_0", "expert_load/text_0"}
-        rows = RunFiles("digits", str(trained.save_dir)).read_history()
-        for tag in tags:
-            for event, row in zip(events.Histograms(tag), rows, strict=True):
-                assert event.step == row["step"]
-                counts = dict(zip(event.histogram_value.bucket_limit, event.histogram_value.bucket, strict=True))
-                num_experts = sum(name.startswith(f"{tag}/") for name in row)
-                found = [counts.get(expert + 0.5, 0) / event.histogram_value.num for expert in range(num_experts)]
-                assert found == pytest.approx([row[f"{tag}/{expert}"] for expert in range(num_experts)], abs=1e-6)
-                assert sum(found) == pytest.approx(1)
-
-    def test_has_the_routing_maps_of_the_same_pictures_at_every_epoch(self, trained):
-        first, last = read_events(trained.save_dir / "digits").Images("routing_maps")
-        assert (first.step, last.step) == (5, 10)
-        pictures = [Image.open(io.BytesIO(event.encoded_image_string)) for event in (first, last)]
-        side = 4 * 32  # 4 x 4 patches, 32 dots each
-        assert {picture.size for picture in pictures} == {(2 * side, 4 * side)}  # 4 pictures, each beside its map
-        assert len({picture.crop((0, 0, side, 4 * side)).tobytes() for picture in pictures}) == 1
-        assert len({picture.tobytes() for picture in pictures}) == 2
-
-    def test_a_dense_model_has_no_experts_to_show(self, cli, tiny_flags, tmp_path):
-        flags = ("--preset", "tiny-dense", *tiny_flags, "--epochs", 1, "--save_dir", tmp_path)
+    def test_in_bfloat16_is_saved_in_float32(self, cli, tiny_flags, tmp_path):
+        flags = [*tiny_flags, "--epochs", 1, "--save_dir", tmp_path, "--precision", "bf16-mixed"]
         assert cli("train", *flags).code == 0
-        tags = read_events(tmp_path / "digits").Tags()
-        assert not tags["histograms"]
-        assert not tags["images"]
-        assert not any(name.startswith(("expert_load", "router_entropy")) for name in tags["scalars"])
+        state = torch.load(tmp_path / "digits_model.pth", weights_only=True)["state_dict"]
+        assert {tensor.dtype for tensor in state.values()} == {torch.float32, torch.int64}
 
-    @pytest.mark.parametrize(
-        ("owner", "name"),
-        [(training, "save_run"), (RunFiles, "write_history"), (RunFiles, "update_metrics")],
-        ids=lambda value: value if isinstance(value, str) else "",
-    )
-    def test_shows_a_resumed_run_once(self, cli, trained, tmp_path, monkeypatch, owner, name):
-        """A run that died as it saved an epoch, or told of it: the epoch is run, or told of, again."""
-        original, calls = getattr(owner, name), []
+    def test_of_hours_on_a_cpu_names_a_smaller_preset(self, cli, tiny_flags, tmp_path, monkeypatch):
+        monkeypatch.setattr(runs, "HOUR", 1e-9)
+        flags = [*tiny_flags, "--epochs", 1, "--batch_size", 12]  # 23 steps: the estimate comes after 20
+        assert "--preset tiny is a smaller model" in cli("train", *flags, "--save_dir", tmp_path / "a").out
+        quiet = cli("train", *flags, "--save_dir", tmp_path / "b", "--preset", "tiny").out
+        assert "note: this will take about" in quiet
+        assert "smaller model" not in quiet
 
-        def die_the_second_time(*args: Any) -> None:
-            calls.append(args)
-            if len(calls) == 2:
-                raise KeyboardInterrupt
-            original(*args)
+    def test_that_diverges_is_one_line(self, cli, tiny_flags, tmp_path):
+        result = cli("train", *tiny_flags, "--epochs", 1, "--lr", 1e30, "--clip_norm", 0, "--save_dir", tmp_path)
+        assert result.code == 2
+        assert "lower" in result.err
+        assert len(result.err.splitlines()) == 1
 
-        flags = [*trained.flags, "--save_dir", tmp_path]
-        with monkeypatch.context() as patch:
-            patch.setattr(owner, name, die_the_second_time)
-            with pytest.raises(KeyboardInterrupt):
-                commands_train(flags)
-        assert cli("train", *flags, "--resume").code == 0
-        found, expected = (read_scalars(folder / "digits") for folder in (tmp_path, trained.save_dir))
-        assert found["val_accuracy"] == expected["val_accuracy"]
-        assert [step for step, _ in found["train_loss"]] == [5, 10]
-
-
-def commands_train(flags: list[Any]) -> None:
-    """Train below the command line, which makes an exit code of what is raised."""
-    from diffmoe.settings import parse_settings
-
-    training.train(parse_settings([str(flag) for flag in flags], mode="train"), classification.prepare)
+    def test_metrics_json_that_is_damaged_is_one_line(self, cli, own_run, tmp_path):
+        (own_run.save_dir / "digits" / "metrics.json").write_text('{"half": ')
+        result = cli("test", "--save_dir", own_run.save_dir, "--output_dir", tmp_path)
+        assert result.code == 2
+        assert "metrics.json" in result.err
 
 
 class TestOverwriting:
@@ -235,67 +248,8 @@ class TestOverwriting:
 ONE_EPOCH = ("--epochs", 1, "--seed", 1)
 
 
-class Killed(BaseException):
-    """Stands in for SIGKILL: no line after it changes a file."""
-
-
-def kill_at(monkeypatch: pytest.MonkeyPatch, folder: Path, call: int) -> list[str]:
-    """From the `call`-th change on, counted from 1, nothing in `folder` changes any more. Returns the changes made."""
-    made: list[str] = []
-
-    def wrap(owner: Any, name: str) -> None:
-        original = getattr(owner, name)
-
-        def wrapper(path: Path, *args: Any, **kwargs: Any) -> Any:
-            if Path(path).is_relative_to(folder):
-                if len(made) + 1 >= call:
-                    raise Killed
-                made.append(f"{name} {path}")
-            return original(path, *args, **kwargs)
-
-        monkeypatch.setattr(owner, name, wrapper)
-
-    for name in ("replace", "unlink", "mkdir", "write_text"):
-        wrap(Path, name)
-    wrap(shutil, "rmtree")
-    return made
-
-
 class TestReplacing:
     """Whatever moment a run dies at, there is a whole earlier run or a whole new one."""
-
-    def test_killed_at_any_moment_it_is_the_one_or_the_other(self, monkeypatch, tmp_path):
-        outcomes: list[set[str]] = []
-        for call in range(1, 100):
-            files = RunFiles("digits", str(tmp_path / str(call)))
-            events = files.folder / "events.out.tfevents.1"
-            old = (files.model, files.last, files.metrics, files.history, events)
-            for path in old:
-                write_atomically(path, lambda unfinished: unfinished.write_text("old"))
-            with monkeypatch.context() as patch:
-                made = kill_at(patch, files.model.parent, call)
-                with suppress(Killed):
-                    replace_by_new(files)
-                    break
-            files.check(RunConfig(overwrite=True))
-            found = {path.read_text() for path in (files.model, files.last)}
-            assert len(found) == 1, made  # never a model of one with the last.ckpt of another
-            assert [path.exists() for path in old[2:]] == [found == {"old"}] * 3, made
-            assert not list(files.folder.glob(".new/**/last.ckpt"))
-            outcomes.append(found)
-        assert outcomes[0] == {"old"}
-        assert outcomes[-1] == {"new"}
-        assert len(outcomes) > 10
-
-    def test_what_cannot_be_written_leaves_the_earlier_run(self, tmp_path, snapshot):
-        files = RunFiles("digits", str(tmp_path))
-        for path in (files.model, files.last, files.metrics):
-            write_atomically(path, lambda unfinished: unfinished.write_text("old"))
-        before = snapshot(tmp_path)
-        with suppress(ZeroDivisionError), files.replacing() as staged:
-            write_atomically(staged.model, lambda unfinished: unfinished.write_text("new"))
-            write_atomically(staged.last, lambda unfinished: unfinished.write_text(str(1 / 0)))
-        assert snapshot(tmp_path) == before
 
     @pytest.mark.parametrize("dense", [(), ("--preset", "tiny-dense")], ids=["moe", "dense"])
     def test_a_run_that_diverges_leaves_the_earlier_one(self, cli, own_run, snapshot, dense):
@@ -321,21 +275,15 @@ class TestReplacing:
         def die(*_: Any) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(training, "_validate", die)
+        monkeypatch.setattr(Classification, "validate", die)
         assert cli("train", *own_run.flags, "--save_dir", own_run.save_dir, "--overwrite").code == 130
         assert snapshot(own_run.save_dir) == before
 
     def test_a_run_stopped_in_its_first_epoch_is_whole(self, cli, own_run, monkeypatch):
         before = own_run.model.read_bytes()
-        train_step = loop.train_step
-
-        def stop(*args: Any) -> Any:
-            os.kill(os.getpid(), signal.SIGTERM)
-            return train_step(*args)
-
         flags = [*own_run.flags, *ONE_EPOCH, "--save_dir", own_run.save_dir]
         with monkeypatch.context() as patch:
-            patch.setattr(loop, "train_step", stop)
+            send_at(patch, Trainee, "step", [1], signal.SIGTERM)
             assert cli("train", *flags, "--overwrite").code == 143
         assert own_run.model.read_bytes() != before
         assert {path.name for path in (own_run.save_dir / "digits").iterdir()} == {"last.ckpt"}
@@ -353,14 +301,15 @@ class TestReplacing:
         assert [step for step, _ in read_scalars(files.folder)["train_loss"]] == [5]
         assert not (files.folder / ".new").exists()
 
-    def test_a_closed_terminal_costs_nothing_that_was_trained(self, cli, own_run, monkeypatch):
-        def fail(*_: Any, **__: Any) -> None:
-            raise BrokenPipeError
+    @pytest.mark.parametrize("of", ["history", "terminal"])
+    def test_what_cannot_be_told_costs_nothing_that_was_trained(self, cli, own_run, monkeypatch, of):
+        def fail(*what: Any) -> None:
+            if of == "history" or what[0].startswith("epoch"):
+                raise BrokenPipeError
 
         flags = [*own_run.flags, *ONE_EPOCH, "--save_dir", own_run.save_dir]
         with monkeypatch.context() as patch:
-            patch.setattr(RunFiles, "write_history", fail)
-            patch.setattr(runs, "print", fail, raising=False)
+            patch.setattr(*((RunFiles, "write_history") if of == "history" else (command, "_tell")), fail)
             with pytest.raises(BrokenPipeError):
                 cli("train", *flags, "--overwrite")
         assert cli("train", *flags, "--resume").code == 0
@@ -368,32 +317,25 @@ class TestReplacing:
         assert (metrics["seed"], metrics["epochs"]) == (1, 1)
         assert len(RunFiles("digits", str(own_run.save_dir)).read_history()) == 1
 
-    @pytest.mark.parametrize("next_command", ["test", "train"])
-    def test_killed_between_the_model_and_the_checkpoint(self, cli, own_run, next_command):
-        """By SIGKILL, as the new model is in place and the new last.ckpt is not."""
+    def test_killed_between_the_model_and_the_checkpoint(self, cli, own_run, tmp_path):
+        """By SIGKILL, as the new model is in place and the new last.ckpt is not: the next command puts it there."""
         old_model, old_last = own_run.model.read_bytes(), (own_run.save_dir / "digits" / "last.ckpt").read_bytes()
-        flags = [*own_run.flags, *ONE_EPOCH, "--save_dir", own_run.save_dir]
-        argv = [str(flag) for flag in ("train", *flags, "--overwrite")]
+        flags = [*own_run.flags, *ONE_EPOCH, "--save_dir"]
+        argv = [str(flag) for flag in ("train", *flags, own_run.save_dir, "--overwrite")]
         done = subprocess.run([sys.executable, "-c", KILL_BETWEEN, *argv], capture_output=True, text=True, check=False)
         assert done.returncode == -signal.SIGKILL, done.stderr
         assert own_run.model.read_bytes() != old_model
         assert (own_run.save_dir / "digits" / "last.ckpt").read_bytes() == old_last
-        if next_command == "test":
-            pictures = own_run.save_dir.parent / "pictures"
-            tested = cli("test", *own_run.flags, "--save_dir", own_run.save_dir, "--output_dir", pictures)
-            assert tested.code == 0
-            assert "epochs" not in read_metrics(own_run.save_dir)  # those were the earlier run's
-        former = cli("train", *own_run.flags, "--save_dir", own_run.save_dir, "--resume")
-        assert former.code == 2
-        assert "but was 1 in" in former.err
-        assert cli("train", *flags, "--resume").code == 0
-        assert read_metrics(own_run.save_dir)["seed"] == 1
 
-
-def replace_by_new(files: RunFiles) -> None:
-    with files.replacing() as staged:
-        for path in (staged.model, staged.last):
-            write_atomically(path, lambda unfinished: unfinished.write_text("new"))
+        tested = shutil.copytree(own_run.save_dir, tmp_path / "tested")
+        assert cli("test", *own_run.flags, "--save_dir", tested, "--output_dir", tmp_path / "pictures").code == 0
+        assert "epochs" not in read_metrics(tested)  # those were the earlier run's
+        for save_dir in (own_run.save_dir, tested):
+            former = cli("train", *own_run.flags, "--save_dir", save_dir, "--resume")
+            assert former.code == 2
+            assert "but was 1 in" in former.err
+            assert cli("train", *flags, save_dir, "--resume").code == 0
+            assert read_metrics(save_dir)["seed"] == 1
 
 
 KILL_BETWEEN = """
@@ -415,16 +357,6 @@ sys.exit(main())
 
 class TestDataFolder:
     """Nothing is written where it would be read as data."""
-
-    @pytest.fixture
-    def flowers(self, tmp_path: Path) -> Path:
-        """A set of two classes."""
-        for kind, shade in (("rose", 60), ("tulip", 200)):
-            folder = tmp_path / "flowers" / "train" / kind
-            folder.mkdir(parents=True)
-            for number in range(12):
-                Image.new("L", (8, 8), shade + number).save(folder / f"{number}.png")
-        return tmp_path / "flowers"
 
     FLAGS = ("--img_size", 8, "--patch_size", 4, "--preset", "tiny", "--epochs", 1)
 
@@ -466,16 +398,11 @@ class TestDataFolder:
         ):
             result = cli(*argv, "--output_dir", ".")
             assert (result.code, result.err.count("\n")) == (2, 1)
-            assert result.err.startswith("diffmoe: error: output_dir leads to flowers, in flowers, the folder of the")
+            place = "flowers/profile" if argv[0] == "profile" else "flowers"
+            assert result.err.startswith(f"diffmoe: error: output_dir leads to {place}, in flowers, the folder of the")
             assert snapshot(flowers) == before
 
     def test_a_made_set_has_no_folder(self, cli, tiny_flags, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         assert cli("train", *tiny_flags, "--epochs", 1, "--save_dir", ".").code == 0
         assert cli("train", *tiny_flags, "--epochs", 1, "--save_dir", ".", "--resume").code == 0
-
-
-def test_names_come_from_the_last_part_of_a_path(tmp_path):
-    files = RunFiles("some/where/pets/", str(tmp_path))
-    assert files.model == tmp_path / "pets_model.pth"
-    assert files.last == tmp_path / "pets" / "last.ckpt"

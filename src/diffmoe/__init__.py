@@ -1,6 +1,7 @@
 """Diff-MoE: a multimodal (image + text) Mixture-of-Experts Transformer.
 
-    from diffmoe import Captioner, ImageClassifier, ModelConfig, MultiModalMoE, load_model
+    from diffmoe import Captioner, ImageClassifier, ModelConfig, MultiModalMoE, load_model    # the model
+    from diffmoe import Predictor, test, train                                                # and its use
 
 The names load on first use, so that `diffmoe --help` need not wait for torch.
 """
@@ -11,20 +12,34 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diffmoe.checkpoint import load_model
     from diffmoe.config import ModelConfig
+    from diffmoe.inference import Predictor
     from diffmoe.model.captioner import Captioner
     from diffmoe.model.heads import ImageClassifier
     from diffmoe.model.multimodal import MultiModalMoE
+    from diffmoe.runs import test, train
+    from diffmoe.storage.model_files import load_model
 
-__all__ = ["Captioner", "ImageClassifier", "ModelConfig", "MultiModalMoE", "load_model"]
+__all__ = [
+    "Captioner",
+    "ImageClassifier",
+    "ModelConfig",
+    "MultiModalMoE",
+    "Predictor",
+    "load_model",
+    "test",
+    "train",
+]
 
 _HOME = {
     "Captioner": "diffmoe.model.captioner",
     "ImageClassifier": "diffmoe.model.heads",
     "ModelConfig": "diffmoe.config",
     "MultiModalMoE": "diffmoe.model.multimodal",
-    "load_model": "diffmoe.checkpoint",
+    "Predictor": "diffmoe.inference",
+    "load_model": "diffmoe.storage.model_files",
+    "test": "diffmoe.runs",
+    "train": "diffmoe.runs",
 }
 
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import ctypes
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning_fabric import Fabric
 
-from diffmoe.config import RunConfig, UserError
+from diffmoe.config import UserError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """From glibc's malloc.h."""
+DEFAULT_THRESHOLD = 128 * 1024
+"""Of both, in a fresh process."""
 
 
 def pick_device(device: str) -> torch.device:
@@ -28,19 +31,19 @@ def pick_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def make_fabric(run: RunConfig) -> Fabric:
-    """A launched Fabric: device, processes, precision."""
-    device = pick_device(run.device)
-    num_present = torch.cuda.device_count() if device.type == "cuda" else run.num_devices
-    if run.num_devices > num_present:
-        raise UserError(f"num_devices is {run.num_devices}: this machine has {num_present}")
-    precision = run.precision
-    if precision == "auto":
-        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        precision = "bf16-mixed" if has_bf16 else "32-true"
-    fabric = Fabric(accelerator=device.type, devices=run.num_devices, strategy=run.strategy, precision=precision)
-    fabric.launch()
-    return fabric
+@contextmanager
+def tuned() -> Iterator[None]:
+    """Within it, the processor's settings are those that make a run fast; after it, they are as they were."""
+    settings = _matmul_settings()
+    former = settings.fp32_precision
+    kept = keep_freed_memory()
+    use_fast_matmul()
+    try:
+        yield
+    finally:
+        settings.fp32_precision = former
+        if kept:
+            _mallopt(DEFAULT_THRESHOLD, DEFAULT_THRESHOLD)
 
 
 def keep_freed_memory() -> bool:
@@ -51,9 +54,13 @@ def keep_freed_memory() -> bool:
     """
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         return False
-    mallopt = ctypes.CDLL("libc.so.6").mallopt
     largest = 32 * 2**20  # glibc's own ceiling for the mmap threshold
-    return bool(mallopt(M_MMAP_THRESHOLD, largest) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+    return _mallopt(largest, 2**31 - 1)
+
+
+def _mallopt(mmap_threshold: int, trim_threshold: int) -> bool:
+    mallopt = ctypes.CDLL("libc.so.6").mallopt
+    return bool(mallopt(M_MMAP_THRESHOLD, mmap_threshold) and mallopt(M_TRIM_THRESHOLD, trim_threshold))
 
 
 def use_fast_matmul() -> bool:
@@ -63,7 +70,7 @@ def use_fast_matmul() -> bool:
     float32, up to twice as fast as the stock library. So what counts is the error, measured here on the spot.
     The choice depends on the processor alone, never on a timing: two runs on one machine compute alike.
     """
-    settings: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue] - it is there
+    settings = _matmul_settings()
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(512, 512, generator=generator)
     w = torch.randn(512, 512, generator=generator)
@@ -79,3 +86,7 @@ def use_fast_matmul() -> bool:
         return True
     settings.fp32_precision = former
     return False
+
+
+def _matmul_settings() -> Any:
+    return torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue] - it is there

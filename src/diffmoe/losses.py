@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+COMPARED_BYTES = 2**24
+"""How much memory a comparison of all texts with all may take, besides a byte for each pair."""
+
 
 def mean_probs(probs: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean probability of each expert over the real tokens: (..., E) -> (E,)."""
@@ -58,7 +61,11 @@ def cross_modal_alignment_loss(image: Tensor, text: Tensor) -> Tensor:
 
 def first_occurrence(tokens: Tensor) -> Tensor:
     """For each row of (U, T) the index of the first row equal to it: (U,) int64. Needs no host synchronisation."""
-    same_UU = (tokens[:, None] == tokens[None]).all(-1)
+    num_texts = len(tokens)
+    same_UU = tokens.new_ones(num_texts, num_texts, dtype=torch.bool)
+    # A few columns at a time: all T of them together would take U * U * T bytes.
+    for columns in tokens.split(max(1, COMPARED_BYTES // max(1, num_texts**2)), dim=1):
+        same_UU &= (columns[:, None] == columns[None]).all(-1)
     return same_UU.to(torch.uint8).argmax(-1)
 
 

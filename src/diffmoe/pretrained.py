@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffmoe.config import UserError, nearest
+from diffmoe.config import VOCAB_SIZE, UserError, nearest
 from diffmoe.data.hub import REQUEST_SECONDS, in_time
-from diffmoe.model.captioner import Captioner
 from diffmoe.model.encoders import UnifiedModalEncoder
-from diffmoe.model.heads import ImageClassifier
+from diffmoe.model.heads import Head
 from diffmoe.model.layers import ACTIVATIONS, Expert
 from diffmoe.model.moe import GeneralExperts
 from diffmoe.model.multimodal import MultiModalMoE
@@ -28,8 +27,6 @@ FORM = (
     "it must be open_clip:<model>/<tag>, such as open_clip:ViT-B-32/laion2b_s34b_b79k, open_clip:<model>/<file>, "
     "or a .pt or .safetensors file of CLIP's weights"
 )
-CLIP_VOCABULARY = 49408
-"""V of the tokenizer that we share with CLIP; another V is another tokenizer, whose rows mean other words."""
 TEXT_TOWER, IMAGE_TOWER = "transformer.", "visual.transformer."
 FFN = ("ln_2.weight", "ln_2.bias", "mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight", "mlp.c_proj.bias")
 """CLIP's names for an FFN and the LayerNorm before it, in the order of `_parameters`."""
@@ -58,7 +55,7 @@ class Part:
 
 
 @torch.no_grad()
-def start_from(model: ImageClassifier | Captioner, source: str) -> list[str]:
+def start_from(model: Head, source: str) -> list[str]:
     """Copy into `model` what fits of a CLIP model; the rest keeps its own start, attention and head among it.
 
     - `token_embedding` gets CLIP's V rows where text_embed_dim is its width; where embed_dim is too,
@@ -186,8 +183,8 @@ def _copy_tokens(backbone: MultiModalMoE, state: dict[str, Tensor]) -> Part:
     if clip_VD is None:
         return Part(name, False, "the file has none")
     rows, width = clip_VD.shape
-    if rows != CLIP_VOCABULARY:
-        return Part(name, False, f"it has {rows} rows: it must be CLIP's vocabulary, {CLIP_VOCABULARY}")
+    if rows != VOCAB_SIZE:
+        return Part(name, False, f"it has {rows} rows: it must be CLIP's vocabulary, {VOCAB_SIZE}")
     if len(ours) < rows:
         return Part(name, False, f"vocab_size is {len(ours)}: it must be at least {rows}")
     if ours.shape[1] != width:
@@ -249,7 +246,7 @@ def _host(block: UnifiedModalEncoder) -> Expert | GeneralExperts:
 def _parameters(host: Expert | GeneralExperts) -> tuple[Tensor, ...]:
     """In the order of `FFN`; those of a pool are stacks of E."""
     if isinstance(host, GeneralExperts):
-        return host.gain, host.shift, host.fc1_weight, host.fc1_bias, host.fc2_weight, host.fc2_bias
+        return host.weights
     norm, fc1, fc2 = host.norm, host.fc1, host.fc2
     return norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias
 
@@ -277,7 +274,7 @@ def _needed(state: dict[str, Tensor], activation: str) -> str:
     if not ffns:
         if table is None:
             return "it has neither CLIP's token_embedding nor its resblocks"
-        return f"it takes --text_embed_dim {table.shape[1]} --vocab_size {CLIP_VOCABULARY}"
+        return f"it takes --text_embed_dim {table.shape[1]} --vocab_size {VOCAB_SIZE}"
     hidden, width = ffns[0][2].shape
     flags = f"--embed_dim {width} --text_embed_dim {width} --expansion_factor {hidden / width:g}"
     return f"it takes {flags}" + ("" if activation == "gelu" else " --activation gelu")

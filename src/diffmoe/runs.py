@@ -1,286 +1,257 @@
-"""What a training run leaves on disk, and how the next one goes on from there.
+"""A run is a function: settings in, metrics out. What a command prints of it, it is handed (`tell`).
 
-`<save_dir>/<dataset>_model.pth` is the best model; `<save_dir>/<dataset>/` holds `last.ckpt` (all that an exact resume
-needs), `metrics.json`, `history.csv` and TensorBoard's events.
-
-A run's first model and `last.ckpt` are staged, and take the place of an earlier run's together (`RunFiles.replacing`):
-whenever a run dies, there is a whole earlier one or a whole new one. What is told of an epoch is written after them.
+import diffmoe
+metrics = diffmoe.train(dataset="digits", epochs=3)     # the flags of `diffmoe train`
+metrics = diffmoe.test(dataset="digits")
 """
 
 from __future__ import annotations
 
-import csv
+import dataclasses
 import json
-import math
-import shutil
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning_fabric import Fabric
-from numpy.typing import NDArray
-from torch import nn
-from torch.optim import Optimizer
 
-from diffmoe.checkpoint import read, write
-from diffmoe.config import RunConfig, UserError, dataset_name
-from diffmoe.evaluation.experts import BlockRouting
-from diffmoe.files import check_writable, write_atomically
-from diffmoe.settings import Settings
-from diffmoe.training import Metrics, Progress
+from diffmoe.config import ModelConfig, UserError, dataset_name
+from diffmoe.config.settings import Settings, parse_settings
+from diffmoe.data.loading import Dataset, load_dataset
+from diffmoe.data.pictures import PictureSpec
+from diffmoe.evaluation.experts import trace_experts
+from diffmoe.evaluation.history import routing_metrics
+from diffmoe.files import check_outside_data, check_writable, write_atomically
+from diffmoe.hardware import pick_device, tuned
+from diffmoe.model.heads import Head
+from diffmoe.model.parameters import parameter_counts
+from diffmoe.storage.model_files import DataInfo, load_model_file
+from diffmoe.storage.run_files import RunFiles
+from diffmoe.tasks import task_of_data, task_of_model
+from diffmoe.tasks.base import Runtime, Task
+from diffmoe.training.epoch_log import EpochLog
+from diffmoe.training.loop import Hooks, Progress, StopRequested, fit
+from diffmoe.training.objective import Trainee
+from diffmoe.training.parallel import make_fabric, share_buffers
+from diffmoe.training.saving import DATA, Saver, load_run
 
-RUN_FORMAT = "diffmoe-run-1"
-STAGING = ".new"
-"""In a run's folder: where its first files are until all of them are whole."""
+log = logging.getLogger(__name__)
 
-
-class RunFiles:
-    """The paths of one dataset's run."""
-
-    def __init__(self, dataset: str, save_dir: str) -> None:
-        name = dataset_name(dataset)
-        self.model = Path(save_dir) / f"{name}_model.pth"
-        self.folder = Path(save_dir) / name
-        self.last = self.folder / "last.ckpt"
-        self.metrics = self.folder / "metrics.json"
-        self.history = self.folder / "history.csv"
-
-    @classmethod
-    def beside(cls, checkpoint: str | Path) -> RunFiles:
-        """Those of the run that a model file is of: `a/b_model.pth` has them in `a/b`."""
-        path = Path(checkpoint)
-        return cls(path.stem.removesuffix("_model"), str(path.parent))
-
-    def check(self, run: RunConfig) -> None:
-        """Before work begins: nothing of an earlier run is in the way, and the folders can be written.
-
-        Raises `UserError`.
-        """
-        self.replace_earlier()
-        if run.resume and not self.last.is_file():
-            raise UserError(f"resume: there is no {self.last} to go on from")
-        if not (run.resume or run.overwrite):
-            for path in self._written():
-                raise UserError(f"{path} is an earlier run's: give --resume, --overwrite or another --save_dir")
-        for path in self._written():
-            if path.is_dir():
-                raise UserError(f"{path} is a folder: training writes a file there; give another --save_dir")
-        check_writable(self.model.parent)
-        check_writable(self.folder)
-
-    @contextmanager
-    def replacing(self) -> Iterator[RunFiles]:
-        """Files to write a run's first model and, after it, `last.ckpt` to: both take the place of an earlier run's.
-
-        Where one of them cannot be written, the earlier run stays as it was.
-        """
-        staging = self.folder / STAGING
-        shutil.rmtree(staging, ignore_errors=True)  # left by a run that was killed in here
-        try:
-            yield self._staged()
-        finally:
-            self.replace_earlier()  # also where something failed after both were whole
-            shutil.rmtree(staging, ignore_errors=True)
-
-    def replace_earlier(self) -> None:
-        """Where a run is staged, put it in the place of an earlier one, whose metrics, history and events go.
-
-        `last.ckpt` is staged last and moved last: where it is staged, all is whole. What a process that was killed in
-        here left undone, the next to call this does: whoever opens a run to go on from it, to replace it or to test it.
-        Raises `UserError` where the files cannot be moved.
-        """
-        staged = self._staged()
-        if not staged.last.exists():
-            return
-        try:
-            for path in (self.metrics, self.history, *self._events()):
-                path.unlink(missing_ok=True)
-            for new, old in ((staged.model, self.model), (staged.last, self.last)):
-                with suppress(FileNotFoundError):  # moved by the one who was killed
-                    new.replace(old)
-        except OSError as error:
-            raise UserError(f"{self.folder} cannot be written: {error.strerror or error}") from error
-        shutil.rmtree(self.folder / STAGING, ignore_errors=True)
-
-    def _staged(self) -> RunFiles:
-        return RunFiles(self.folder.name, str(self.folder / STAGING))
-
-    def _events(self) -> list[Path]:
-        return sorted(self.folder.glob("events.out.tfevents.*"))
-
-    def _written(self) -> list[Path]:
-        return [p for p in (self.model, self.last, self.metrics, self.history, *self._events()) if p.exists()]
-
-    def update_metrics(self, values: Mapping[str, Any]) -> None:
-        """Merge into `metrics.json`, keeping what else is there."""
-        # Metrics are of float32: digits past the sixth are noise.
-        rounded = json.loads(json.dumps(values), parse_float=lambda digits: round(float(digits), 6))
-        text = json.dumps({**self.read_metrics(), **rounded}, indent=2, ensure_ascii=False) + "\n"
-        write_atomically(self.metrics, lambda path: path.write_text(text, encoding="utf-8"))
-
-    def read_metrics(self) -> dict[str, Any]:
-        """What `metrics.json` holds; empty where there is none. Raises `UserError` where it is damaged."""
-        if not self.metrics.exists():
-            return {}
-        try:
-            found = json.loads(self.metrics.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{self.metrics} is not valid JSON: mend or remove it") from error
-        if not isinstance(found, dict):
-            raise UserError(f"{self.metrics} is not a JSON object: mend or remove it")
-        return found
-
-    def write_history(self, rows: Iterable[Metrics]) -> None:
-        """One line for each epoch; nan where a row has no such figure, as those of an earlier version may not."""
-        rows = list(rows)
-        names = list(dict.fromkeys(name for row in rows for name in row))
-
-        def write(path: Path) -> None:
-            with path.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, fieldnames=names, restval="nan")
-                writer.writeheader()
-                writer.writerows(rows)
-
-        write_atomically(self.history, write)
-
-    def read_history(self) -> list[Metrics]:
-        """The rows of `history.csv`; empty where there is none."""
-        if not self.history.exists():
-            return []
-        with self.history.open(newline="", encoding="utf-8") as file:
-            return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+Tell = Callable[[str], object]
+HOUR = 3600
+ELSEWHERE = ("data_dir", "num_workers", "max_memory_gb")
+"""Settings that a resumed run may have others of: they say where the data is and how it is read."""
 
 
-class EpochWriter:
-    """After each epoch, once it is saved: TensorBoard, history.csv, metrics.json, and a line on the terminal.
+def train(*, quiet: bool = False, **flags: Any) -> dict[str, Any]:
+    """Train a model; the flags are those of `diffmoe train`, as in `train(dataset="digits", epochs=3)`.
 
-    Makes no file before the first epoch. A run that was saved and died before it told so is told of when it is resumed.
+    Whatever it changes for the process (signals, torch's settings and generators) is put back.
 
     Args:
-        files: the run's.
-        settings: the run's.
-        counts: parameters_total and parameters_active.
-        progress: where the run starts.
-        silent: write nothing (all processes but the first).
+        quiet: print nothing.
+        flags: any field of any config.
+
+    Returns:
+        What `metrics.json` holds.
+
+    Raises:
+        UserError: for settings, data or files that will not do.
+        KeyboardInterrupt: when it was stopped; the run is saved, and `resume=True` goes on.
     """
-
-    def __init__(
-        self, files: RunFiles, settings: Settings, counts: Mapping[str, Any], progress: Progress, silent: bool
-    ) -> None:
-        self.files, self.settings, self.counts, self.silent = files, settings, dict(counts), silent
-        self.start, self.events = progress, None
-        self.is_untold = bool(progress.history) and files.read_metrics().get("epochs") != progress.epoch
-        # Events after the point where a resumed run starts are of a run that did not happen.
-        self.purge_step = int(progress.history[-1]["step"]) if self.is_untold else progress.step + 1
-
-    def __enter__(self) -> None:
-        if self.is_untold:
-            self.write(self.start)
-
-    def __exit__(self, *_: object) -> None:
-        if self.events is not None:
-            self.events.close()
-
-    def write(
-        self, progress: Progress, blocks: Sequence[BlockRouting] = (), routing_maps: NDArray[np.uint8] | None = None
-    ) -> None:
-        """Add the last row of `progress.history`; for TensorBoard also the load of `blocks`, and a picture of it.
-
-        `routing_maps` (height, width, 3).
-        """
-        if self.silent:
-            return
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.events = self.events or SummaryWriter(self.files.folder, purge_step=self.purge_step)
-        row = progress.history[-1]
-        step = int(row["step"])
-        for name, value in row.items():
-            if name not in ("epoch", "step"):
-                self.events.add_scalar(name, value, step)
-        for block in blocks:
-            between = np.arange(block.num_experts + 1) - 0.5  # a bin for each expert
-            chosen = block.expert_ids[block.real].numpy()
-            tag = f"expert_load/{block.place}_{block.layer}"
-            self.events.add_histogram(tag, chosen, step, bins=between)  # pyright: ignore[reportArgumentType]
-        if routing_maps is not None:
-            self.events.add_image("routing_maps", routing_maps, step, dataformats="HWC")
-        self.events.flush()
-        self.files.write_history(progress.history)
-        self.files.update_metrics(
-            {
-                "dataset": dataset_name(self.settings.data.dataset),
-                "mode": self.settings.mode,
-                "seed": self.settings.training.seed,
-                "epochs": progress.epoch,
-                "steps": progress.step,
-                "images_per_second": progress.pictures / progress.seconds,
-                "train_seconds": progress.seconds,
-                **self.counts,
-                "val_accuracy": progress.best,
-            }
-        )
-        left = progress.seconds / progress.epoch * (self.settings.training.epochs - progress.epoch)
-        print(
-            f"epoch {progress.epoch}/{self.settings.training.epochs}  loss {row['train_loss']:.3f}  "
-            f"train {row['train_accuracy']:.1%}  validation {row['val_accuracy']:.1%}  "
-            f"{row['images_per_second']:,.0f} images/s  {time.strftime('%H:%M:%S', time.gmtime(math.ceil(left)))} left",
-            flush=True,
-        )
+    try:
+        return train_run(_settings("train", flags), _silent if quiet else print) or {}
+    except StopRequested as stop:
+        raise KeyboardInterrupt(str(stop)) from stop
 
 
-def save_run(
-    path: Path, fabric: Fabric, model: nn.Module, optimizer: Optimizer, progress: Progress, configs: Mapping[str, Any]
-) -> None:
-    """Write all that an exact resume needs; every rank must call it.
+def test(*, quiet: bool = False, **flags: Any) -> dict[str, Any]:
+    """Score a model file on the test split of its data; the flags are those of `diffmoe test`. As `train`."""
+    return test_run(_settings("test", flags), _silent if quiet else print)
 
-    `configs` (flat: name to value) are the settings that the resumed run must share.
+
+def train_run(settings: Settings, tell: Tell = print) -> dict[str, Any] | None:
+    """Train: writes the best model, what a resume needs, the history and the metrics.
+
+    Returns what `metrics.json` holds; None in all processes but the first. Raises `UserError`, `StopRequested`.
     """
-    states = {
-        "format": RUN_FORMAT,
-        "configs": dict(configs),
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "progress": progress.state(),
-        "rng": fabric.all_gather(_rng_state(fabric)),
-    }
-    if fabric.is_global_zero:
-        write(path, states)
-    fabric.barrier()
+    config, files = settings.training, RunFiles(settings.data.dataset, settings.run.save_dir)
+    task = check_run(settings, trains=True)
+    with _clean():
+        fabric = make_fabric(settings.run)
+        picture = PictureSpec(settings.model.img_size, settings.model.in_channels)
+        told: Tell = tell if fabric.is_global_zero else _silent
+        with fabric.rank_zero_first():  # the others find the cache that it made
+            data = load_dataset(settings.data, picture, progress=fabric.is_global_zero)
+        batches = task.training_batches(settings, data, fabric.device, fabric.global_rank, fabric.world_size)
+        sample = next(iter(batches.epoch()))  # before the seed is set: workers draw from torch's generator
+        torch.manual_seed(config.seed)
+        model = task.build(settings, data)
+        _start_from(settings, model, told)
+        trainee = Trainee(fabric, model, config)
+        # Weights are equal on all ranks; dropout and the descriptions drawn from here on are not.
+        torch.manual_seed(config.seed + 1 + fabric.global_rank)
+        shared = _shared(settings, model, data, fabric)
+        progress = load_run(files.last, trainee, shared) if settings.run.resume else Progress()
+        _introduce(task, model, data, fabric, told)
+        saver = Saver(files, trainee, DataInfo.of(data, settings.data), shared, is_first=not settings.run.resume)
+        epochs = EpochLog(files, settings, model, data.picture, sample, told, silent=not fabric.is_global_zero)
+        runtime = Runtime(fabric.device, settings.data.num_workers, fabric.autocast)
+        validation = task.in_order(model.config, data.validation, data.picture, runtime)
+
+        def validate() -> dict[str, float]:
+            share_buffers(fabric, model)
+            return task.validate(model, validation, fabric.autocast)
+
+        def save(progress: Progress) -> None:
+            if progress.window == 0:  # an epoch ends: where the experts' load is by now, on the same batch each time
+                progress.history[-1] |= routing_metrics(epochs.see(trace_experts(model, [sample], fabric.autocast)))
+            saver.save(progress)
+
+        hooks = Hooks(validate, save, epochs.write, lambda seconds: _warn_if_slow(fabric, settings, seconds, told))
+        with epochs.going_on(progress):
+            fit(trainee, batches, hooks, progress)
+        told(f"best model: {files.model}   metrics: {files.metrics}")
+        return files.read_metrics() if fabric.is_global_zero else None
 
 
-def load_run(
-    path: Path, fabric: Fabric, model: nn.Module, optimizer: Optimizer, configs: Mapping[str, Any]
-) -> Progress:
-    """Put back what `save_run` wrote. Raises `UserError` where the settings are not those of the saved run."""
-    states = read(path, RUN_FORMAT)
-    for name, value in configs.items():
-        former = states["configs"].get(name)
-        if former != value:
-            raise UserError(f"resume: {name} is {value!r} but was {former!r} in {path}: give the flags it began with")
-    model.load_state_dict(states["model"])
-    optimizer.load_state_dict(states["optimizer"])
-    rng = states["rng"].view(-1, states["rng"].shape[-1])
-    if len(rng) != fabric.world_size:
-        raise UserError(f"resume: {path} was written by {len(rng)} devices, not {fabric.world_size}")
-    _set_rng_state(fabric, rng[fabric.global_rank])
-    return Progress(**states["progress"])
+def test_run(settings: Settings, tell: Tell = print) -> dict[str, Any]:
+    """Score a model file on the test split: updates `metrics.json`, draws the pictures, tells the figures.
+
+    Returns what `metrics.json` holds. Raises `UserError`.
+    """
+    if settings.mode == "test" and settings.run.num_devices > 1:
+        raise UserError(f"num_devices is {settings.run.num_devices}: testing runs on 1")
+    files = RunFiles(settings.data.dataset, settings.run.save_dir)
+    path = Path(settings.run.checkpoint or files.model)
+    pictures = pictures_folder(settings)
+    task = check_run(settings, trains=False)
+    files.replace_earlier()
+    check_writable(files.folder)
+    files.read_metrics()
+    with _clean():
+        loaded = load_model_file(path)
+        model, info = loaded.model, loaded.data
+        if task_of_model(model) is not task:
+            raise UserError(f"{path} was trained on {info.dataset}, for another task than {settings.data.dataset}'s")
+        check_fits(settings, model.config, path)
+        fabric = make_fabric(dataclasses.replace(settings.run, num_devices=1))
+        data = load_dataset(info.split_as_trained(settings.data), loaded.picture)
+        if data.class_names != info.class_names:
+            raise UserError(f"{path} was trained on the classes of {info.dataset}, not on those of {data.name}")
+        data = dataclasses.replace(data, picture=loaded.picture)
+        runtime = Runtime(fabric.device, settings.data.num_workers, fabric.autocast)
+        tested = task.test(model.to(fabric.device), data, runtime, settings)
+        files.update_metrics({"dataset": data.name, "mode": settings.mode, **parameter_counts(model), **tested.metrics})
+        _draw(tested.figures, files, pictures, settings, task)
+        for name, text in tested.texts.items():
+            write_atomically(pictures / name, lambda unfinished, text=text: unfinished.write_text(text, "utf-8"))
+    tell(f"test, {len(data.test):,} pictures")
+    for line in task.report_lines(tested.metrics, data):
+        tell(line)
+    tell(f"metrics: {files.metrics}   pictures: {pictures}/")
+    return files.read_metrics()
 
 
-def _rng_state(fabric: Fabric) -> torch.Tensor:
-    """The generators of this rank, the processor's and its GPU's, as one row of bytes."""
-    state = torch.get_rng_state()
-    if fabric.device.type == "cuda":
-        state = torch.cat([state, torch.cuda.get_rng_state(fabric.device)])
-    return state.to(fabric.device)
+def check_run(settings: Settings, trains: bool) -> Task:
+    """The task of the data, once everything has been looked at that can be before the data is read.
+
+    Raises `UserError`.
+    """
+    pick_device(settings.run.device)
+    files, pictures = RunFiles(settings.data.dataset, settings.run.save_dir), pictures_folder(settings)
+    tests = settings.mode != "train"
+    if tests:
+        check_writable(pictures)
+    task = task_of_data(settings.data)
+    check_outside_data(files.folder, settings.data, "save_dir", "checkpoints")
+    if tests:
+        check_outside_data(pictures, settings.data, "output_dir", "visualizations")
+        task.check_outputs(pictures, settings.run.overwrite)
+    if trains:
+        if settings.run.checkpoint is not None:
+            raise UserError("checkpoint is for test: training writes <save_dir>/<dataset>_model.pth")
+        files.check(settings.run)
+        task.check(settings)
+    return task
 
 
-def _set_rng_state(fabric: Fabric, state: torch.Tensor) -> None:
-    size = len(torch.get_rng_state())
-    torch.set_rng_state(state[:size].cpu())
-    if fabric.device.type == "cuda":
-        torch.cuda.set_rng_state(state[size:].cpu(), fabric.device)
+def check_fits(settings: Settings, config: ModelConfig, path: Path) -> None:
+    """Raises `UserError` where the user asked for a model that is not the one in the file."""
+    for name in sorted(settings.given & {field.name for field in dataclasses.fields(ModelConfig)}):
+        asked, found = getattr(settings.model, name), getattr(config, name)
+        if asked != found:
+            raise UserError(f"{name} is {asked!r}: the model in {path} has {found!r}")
+
+
+def pictures_folder(settings: Settings) -> Path:
+    """Where this run's pictures go."""
+    return Path(settings.visualization.output_dir) / dataset_name(settings.data.dataset)
+
+
+@contextmanager
+def _clean() -> Iterator[None]:
+    """What a run changes for the whole process is put back after it."""
+    with torch.random.fork_rng(), tuned():
+        try:
+            yield
+        finally:
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+
+
+def _settings(mode: str, flags: dict[str, Any]) -> Settings:
+    words = {name: str(v) if isinstance(v, str | Path) else json.dumps(v) for name, v in flags.items()}
+    return parse_settings([f"--{name}={word}" for name, word in words.items()], prog=f"diffmoe.{mode}", mode=mode)
+
+
+def _start_from(settings: Settings, model: Head, tell: Tell) -> None:
+    if settings.run.init is not None and not settings.run.resume:
+        from diffmoe.pretrained import start_from
+
+        for line in start_from(model, settings.run.init):
+            tell(line)
+
+
+def _shared(settings: Settings, model: Head, data: Dataset, fabric: Fabric) -> dict[str, Any]:
+    """What decides how a run goes on: a resumed one must have it in common with the one that it resumes."""
+    groups = (model.config, settings.training, settings.data)
+    fields = {name: value for group in groups for name, value in dataclasses.asdict(group).items()}
+    precision = fabric.strategy.precision.precision
+    kept = {name: value for name, value in fields.items() if name not in ELSEWHERE}
+    # By name: the path that led to the data may be another by now.
+    return {**kept, "dataset": data.name, "precision": precision, DATA: data.fingerprint()}
+
+
+def _introduce(task: Task, model: Head, data: Dataset, fabric: Fabric, tell: Tell) -> None:
+    counts = parameter_counts(model)
+    tell(data.summary())
+    tell(
+        f"model: {counts['parameters_total'] / 1e6:.2f} M parameters, "
+        f"{counts['parameters_active'] / 1e6:.2f} M active for a token; on {fabric.device}"
+    )
+    for note in task.notes(model.config):
+        tell(f"note: {note}")
+
+
+def _draw(figures: dict[str, Any], files: RunFiles, folder: Path, settings: Settings, task: Task) -> None:
+    from diffmoe.visualization import figures as drawn
+
+    show = settings.visualization
+    if history := files.read_history():
+        figures = {**figures, "training_curves": drawn.training_curves(history, task.curve)}
+    for name, figure in figures.items():
+        drawn.save(figure, folder / f"{name}.{show.figure_format}", dpi=show.dpi)
+
+
+def _warn_if_slow(fabric: Fabric, settings: Settings, seconds: float, tell: Tell) -> None:
+    if seconds > HOUR and fabric.device.type == "cpu":
+        smaller = "" if settings.run.preset == "tiny" else "; --preset tiny is a smaller model, made for a CPU"
+        tell(f"note: this will take about {seconds / HOUR:.1f} hours on this processor{smaller}")
+
+
+def _silent(_line: str) -> None:
+    pass

@@ -18,6 +18,7 @@ from PIL import Image
 from diffmoe.app import uploads
 from diffmoe.app.uploads import FORMATS, read_upload
 from diffmoe.config import UserError
+from diffmoe.data.pictures import PictureSpec
 
 Image.init()
 REFUSED = r"^This picture was not uploaded here: drop one or choose a file\.$"
@@ -46,7 +47,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def read(folder: Path) -> Callable[[str | Path], torch.Tensor]:
-    return lambda path: read_upload(str(path), folder, 8, 1)
+    return lambda path: read_upload(str(path), folder, PictureSpec(8, 1))
 
 
 class TestWhichFiles:

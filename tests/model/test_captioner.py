@@ -16,6 +16,7 @@ from diffmoe.data import text
 from diffmoe.model import captioner, dispatch
 from diffmoe.model.captioner import END_ID, START_ID, Captioner
 from diffmoe.model.multimodal import init_weights
+from diffmoe.model.sequence import Context
 
 CONFIG = ModelConfig(
     img_size=8,
@@ -117,10 +118,13 @@ def test_without_output_tokens_it_has_the_whole_vocabulary() -> None:
 def test_read_is_forward_without_its_losses() -> None:
     model = make()
     out = model(pictures(), TOKENS, MASK)
-    image, words, features = model.read(pictures(), TOKENS, MASK)
-    assert torch.equal(features, out["caption_features"])
-    assert torch.equal(image.features, out["image_features"])
-    assert torch.equal(words.features, out["text_features"])
+    read = model.read(pictures(), TOKENS, MASK)
+    assert read.losses is None
+    assert read.logits is None
+    assert torch.equal(read.caption_features, out["caption_features"])
+    assert torch.equal(read.image.features, out["image_features"])
+    assert read.text is not None
+    assert torch.equal(read.text.features, out["text_features"])
 
 
 def test_without_a_fusion_there_is_no_captioner() -> None:
@@ -191,13 +195,13 @@ def test_padding_changes_no_logit_loss_count_or_gradient() -> None:
     results = []
     for tokens, mask in ((TOKENS, MASK), (longer, longer_mask)):
         out = model(pictures().double(), tokens, mask)
-        caption, accuracy = model.caption_loss(out["caption_features"], tokens, mask, label_smoothing=0.1)
+        caption, accuracy, count = model.caption_loss(out["caption_features"], tokens, mask, label_smoothing=0.1)
         gradients = torch.autograd.grad(caption + out["router_loss"], tuple(model.parameters()), retain_graph=True)
-        results.append((out, caption, accuracy, gradients))
-    (out, caption, accuracy, gradients), (out_padded, caption_padded, accuracy_padded, gradients_padded) = results
+        results.append((out, (caption, accuracy, count), gradients))
+    (out, scores, gradients), (out_padded, scores_padded, gradients_padded) = results
     real = MASK.bool()
     torch.testing.assert_close(out_padded["logits"][:, :T][real], out["logits"][real])
-    torch.testing.assert_close((caption_padded, accuracy_padded), (caption, accuracy))
+    torch.testing.assert_close(scores_padded, scores)
     for name in ROUTER_PARTS:
         torch.testing.assert_close(out_padded[name], out[name], msg=name)
     for routing, padded in zip(out["routing"], out_padded["routing"], strict=True):
@@ -214,7 +218,7 @@ def test_the_loss_is_the_mean_over_real_targets_that_can_be_written(smoothing: f
     model = make(output, std=0.4)
     tokens = TOKENS.where(MASK.bool(), 320)  # padding that could be a target
     out = model(pictures(), tokens, MASK)
-    loss, accuracy = model.caption_loss(out["caption_features"], tokens, MASK, smoothing)
+    loss, accuracy, count = model.caption_loss(out["caption_features"], tokens, MASK, smoothing)
     terms, right = [], []
     for row, length in enumerate((6, 4, 3)):
         for t in range(1, length):
@@ -224,7 +228,8 @@ def test_the_loss_is_the_mean_over_real_targets_that_can_be_written(smoothing: f
             column = output.tolist().index(int(TOKENS[row, t]))
             terms.append(-(1 - smoothing) * log_probs[column] - smoothing * log_probs.mean())
             right.append(float(log_probs.argmax() == column))
-    assert len(terms) == 5 + 3 + 2 - 1  # each caption's end is a target, its start is none
+    # Each caption's end is a target, its start is none.
+    assert len(terms) == count == model.num_targets((pictures(), tokens, MASK)) == 5 + 3 + 2 - 1
     torch.testing.assert_close(loss, torch.stack(terms).mean())
     assert accuracy.item() == pytest.approx(sum(right) / len(right))
 
@@ -233,9 +238,9 @@ def test_without_a_target_the_loss_is_zero_and_has_a_gradient() -> None:
     model = make(WORDS)
     tokens = torch.tensor([[START_ID, END_ID]])
     out = model(pictures(1), tokens)
-    loss, accuracy = model.caption_loss(out["caption_features"], tokens)
+    loss, accuracy, count = model.caption_loss(out["caption_features"], tokens)
     loss.backward()
-    assert loss == accuracy == 0
+    assert loss == accuracy == count == 0
 
 
 # --- Writing ---
@@ -308,7 +313,7 @@ def test_next_log_probs_step_by_step_are_those_of_the_whole() -> None:
         whole = model(pictures(), TOKENS)["logits"].log_softmax(-1)
         cache = model.backbone.caption_cache(features)
         for start, end in pairwise((0, 1, 2, 4, 6)):  # one token at a time, then two
-            found = model.next_log_probs(TOKENS[:, start:end], None, cache)
+            found = model.next_log_probs(TOKENS[:, start:end], cache.pictures, cache)
             assert cache.length == end
             torch.testing.assert_close(found, whole[:, end - 1], atol=1e-5, rtol=1e-5)
 
@@ -318,16 +323,16 @@ def test_a_cache_goes_on_from_the_rows_that_it_is_told() -> None:
     with torch.no_grad():
         features = model.backbone.image_features(pictures()).features
         cache = model.backbone.caption_cache(features)
-        model.next_log_probs(TOKENS.repeat_interleave(2, 0)[:, :1], None, cache)
+        model.next_log_probs(TOKENS.repeat_interleave(2, 0)[:, :1], cache.pictures, cache)
         two_of_each = torch.stack([TOKENS[:, 1], WORDS[:3]], 1).flatten()[:, None]
-        model.next_log_probs(two_of_each, None, cache)
+        model.next_log_probs(two_of_each, cache.pictures, cache)
         cache.select(torch.tensor([1, 1, 3, 2, 5, 4]))
         cache.keep(torch.tensor([0, 1, 4, 5]), torch.tensor([0, 2]))  # without picture 1
-        found = model.next_log_probs(torch.full((4, 1), 320), None, cache)
+        found = model.next_log_probs(torch.full((4, 1), 320), cache.pictures, cache)
         words = [WORDS[0], WORDS[0], WORDS[2], TOKENS[2, 1]]
         for row, (picture, word) in enumerate(zip((0, 0, 2, 2), words, strict=True)):
             tokens = torch.tensor([[START_ID, int(word), 320]])
-            expected = model.next_log_probs(tokens, features[picture : picture + 1], None)[0]
+            expected = model.next_log_probs(tokens, Context(features[picture : picture + 1]))[0]
             torch.testing.assert_close(found[row], expected, atol=1e-5, rtol=1e-5)
 
 
@@ -388,11 +393,11 @@ def test_a_tiny_batch_is_captioned_back_word_for_word() -> None:
     words = ["a red square", "a small blue circle above it", "two green stars", "nothing"]
     tokens, mask = text.tokenize(words, CONFIG.max_text_len)
     model = make(torch.tensor(sorted(set(tokens[mask.bool()].tolist()))), embed_dim=32, text_embed_dim=16)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.005, weight_decay=0.0)
     images, accuracy = pictures(4), torch.zeros(())
-    for _ in range(60):
+    for _ in range(100):
         out = model(images, tokens, mask, need_logits=False)
-        loss, accuracy = model.caption_loss(out["caption_features"], tokens, mask)
+        loss, accuracy, _ = model.caption_loss(out["caption_features"], tokens, mask)
         (loss + out["router_loss"]).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -15,7 +15,8 @@ from diffmoe.model.encoders import CrossModalFusion, Encoded, ImageEncoder, Plac
 from diffmoe.model.layers import Expert
 from diffmoe.model.moe import GeneralExperts
 from diffmoe.model.multimodal import init_weights
-from diffmoe.profiling import count_parameters
+from diffmoe.model.parameters import count_parameters
+from diffmoe.model.sequence import Context, KeyValues, TokenSequence
 
 WIDTH, WIDE = 16, 64
 CONFIG = ModelConfig(
@@ -63,8 +64,8 @@ def test_a_block_builds_only_the_modality_expert_of_its_place(place: Place, numb
 def test_a_block_is_attention_then_the_sum_of_its_experts(place: Place, dense: bool) -> None:
     block = seeded(UnifiedModalEncoder, config(dense=dense), place, 3)
     x = randn(2, 6, WIDTH)
-    y, routing, _ = block(x, MASK)
-    attended = x + block.attention(block.attention_norm(x), mask=MASK)[0]
+    y, routing, _ = block(TokenSequence(x, MASK))
+    attended = x + block.attention(TokenSequence(block.attention_norm(x), MASK))[0]
     pool = block.general_experts
     expected = attended + block.global_expert(attended) + (pool(attended) if dense else pool(attended, MASK)[0])
     if place == "image":
@@ -93,8 +94,8 @@ def test_dense_has_no_routing_and_the_active_parameters_of_the_pool(top_k: int, 
 
 def test_a_dense_stack_returns_no_routing() -> None:
     x = randn(2, 6, WIDTH)
-    assert ImageEncoder(config(dense=True))(x).routing == ()
-    assert CrossModalFusion(config(dense=True))(x, x).routing == ()
+    assert ImageEncoder(config(dense=True))(TokenSequence(x)).routing == ()
+    assert CrossModalFusion(config(dense=True))(TokenSequence(x), Context(x)).routing == ()
 
 
 # --- Causality ---
@@ -103,8 +104,8 @@ def test_a_dense_stack_returns_no_routing() -> None:
 def run(stack: nn.Module, x: Tensor) -> Encoded:
     """The text tower on x, or the fusion in which x reads some pictures, causally."""
     if isinstance(stack, CrossModalFusion):
-        return stack(x, randn(len(x), 5, x.shape[-1], seed=9), causal=True)
-    return stack(x)
+        return stack(TokenSequence(x, causal=True), Context(randn(len(x), 5, x.shape[-1], seed=9)))
+    return stack(TokenSequence(x, causal=True))
 
 
 STACKS = pytest.mark.parametrize("kind", [TextEncoder, CrossModalFusion])
@@ -146,16 +147,22 @@ def test_no_gradient_comes_from_the_future(kind: type[nn.Module]) -> None:
 def test_a_causal_query_sees_the_whole_context_and_only_the_real_part_of_it() -> None:
     fusion = seeded(CrossModalFusion, config())
     query, context = randn(2, 4, WIDTH), randn(2, 6, WIDTH, seed=1).requires_grad_()
-    first_token = fusion(query, context, context_mask=MASK, causal=True).features[:, 0]
+    first_token = fusion(TokenSequence(query, causal=True), Context(context, MASK)).features[:, 0]
     (gradient,) = torch.autograd.grad(first_token.square().sum(), context)
     assert torch.equal(gradient.any(-1), MASK)
 
 
 def test_the_image_tower_sees_everything() -> None:
     x = randn(1, 6, WIDTH).requires_grad_()
-    features = seeded(ImageEncoder, config())(x).features
+    features = seeded(ImageEncoder, config())(TokenSequence(x)).features
     (gradient,) = torch.autograd.grad(features[0, 0].square().sum(), x)
     assert gradient.any(-1).all()
+
+
+def test_a_past_that_is_too_short_for_the_stack_is_an_error() -> None:
+    stack = seeded(TextEncoder, config())
+    with torch.no_grad(), pytest.raises(IndexError):
+        stack(TokenSequence(randn(1, 1, WIDTH), causal=True, past=[KeyValues(8)]))
 
 
 # --- Attention maps ---
@@ -163,7 +170,7 @@ def test_the_image_tower_sees_everything() -> None:
 
 def test_attention_maps_come_on_request_in_order_and_change_nothing() -> None:
     fusion = seeded(CrossModalFusion, config())
-    query, context = randn(2, 4, WIDTH), randn(2, 6, WIDTH, seed=1)
+    query, context = TokenSequence(randn(2, 4, WIDTH)), Context(randn(2, 6, WIDTH, seed=1))
     plain, drawn = fusion(query, context), fusion(query, context, need_weights=True)
     assert plain.attention == ()
     torch.testing.assert_close(drawn.features, plain.features)
@@ -221,3 +228,21 @@ def test_checkpointing_computes_each_block_again_in_training_only(
         calls.clear()
         run(stack.train(training), randn(2, 6, WIDTH).requires_grad_()).features.sum().backward()
         assert len(calls) == 2 * passes  # of 2 blocks
+
+
+# --- Compiling ---
+
+
+@pytest.mark.parametrize("place", ["image", "text"])
+def test_a_compiled_block_is_one_graph_with_the_same_step(place: Place) -> None:
+    block = seeded(UnifiedModalEncoder, config(), place)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")  # raises where the graph would break
+    mask = MASK if place == "text" else None
+    results = []
+    for run_block in (block, compiled):
+        x = randn(2, 6, WIDTH).requires_grad_()
+        y, routing, _ = run_block(TokenSequence(x, mask, causal=place == "text"))
+        inputs = (x, *block.parameters())
+        gradients = torch.autograd.grad(y.square().sum() + routing.probs[..., 0].sum(), inputs)
+        results.append((y, routing.tokens_per_expert, gradients))
+    torch.testing.assert_close(results[1], results[0])

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffmoe.config import ModelConfig
-from diffmoe.model.features import TextFeatures
 from diffmoe.model.heads import ImageClassifier
+from diffmoe.model.outputs import TextFeatures
 
 CLASSES, SENTENCES, B = 3, 2, 6
 CONFIG = ModelConfig(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diffmoe.model.layers import Attention, ConvNorm, Expert, PatchEmbed
+from diffmoe.model.sequence import TokenSequence
 
 WIDTH, HEADS, EPS = 8, 2, 1e-3
 M = TypeVar("M", bound=nn.Module)
@@ -122,6 +123,20 @@ def attentions() -> dict[str, Attention]:
     return {kernel: randomize(Attention(WIDTH, HEADS, kernel=kernel)) for kernel in ("explicit", "fused", "auto")}
 
 
+def attend(
+    attention: Attention,
+    query: Tensor,
+    context: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    need_weights: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    if query is context:
+        return attention(TokenSequence(query, mask, causal), need_weights=need_weights)
+    allowed = None if mask is None else mask[:, None, None]
+    return attention.attend(query, *attention.keys_values(context), allowed, need_weights)
+
+
 @pytest.mark.parametrize("mask", [None, MASK], ids=["all", "masked"])
 @pytest.mark.parametrize("case", ["self", "causal", "cross"])
 def test_every_kernel_is_multi_head_attention(case: str, mask: Tensor | None) -> None:
@@ -146,10 +161,10 @@ def test_every_kernel_is_multi_head_attention(case: str, mask: Tensor | None) ->
         average_attn_weights=False,
     )
     for kernel, attention in ours.items():
-        y, weights = attention(query, None if query is context else context, mask=mask, causal=causal)
+        y, weights = attend(attention, query, context, mask, causal)
         assert weights is None
         torch.testing.assert_close(y, expected, msg=kernel)
-    _, weights = one(query, context, mask=mask, causal=causal, need_weights=True)
+    _, weights = attend(one, query, context, mask, causal, need_weights=True)
     torch.testing.assert_close(weights, expected_weights)
 
 
@@ -157,8 +172,8 @@ def test_every_kernel_is_multi_head_attention(case: str, mask: Tensor | None) ->
 @pytest.mark.parametrize("kernel", ["explicit", "fused"])
 def test_asking_for_the_weights_changes_no_output(kernel: str, causal: bool) -> None:
     x, attention = randn(2, 5, WIDTH), attentions()[kernel]
-    y, weights = attention(x, mask=MASK, causal=causal, need_weights=True)
-    torch.testing.assert_close(y, attention(x, mask=MASK, causal=causal)[0])
+    y, weights = attention(TokenSequence(x, MASK, causal), need_weights=True)
+    torch.testing.assert_close(y, attention(TokenSequence(x, MASK, causal))[0])
     assert weights is not None
     assert weights.shape == (2, HEADS, 5, 5)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, HEADS, 5, dtype=torch.float64))

@@ -16,8 +16,10 @@ from torch.multiprocessing.spawn import spawn
 
 from diffmoe import losses
 from diffmoe.config import ModelConfig
-from diffmoe.model.moe import AttentiveRouter, GeneralExperts
+from diffmoe.model.moe import GeneralExperts
 from diffmoe.model.multimodal import MultiModalMoE, init_weights
+from diffmoe.model.routers import AttentiveRouter
+from diffmoe.model.sequence import Context, TokenSequence
 
 CONFIG = ModelConfig(
     img_size=8,
@@ -93,7 +95,7 @@ def test_a_model_without_fusion_gives_the_picture_alone() -> None:
     assert places(out) == [("image", 0), ("image", 1), ("text", 0)]
     torch.testing.assert_close(out["embedding"], out["image_features"].mean(1))
     with pytest.raises(ValueError, match="fusion_layers is 0"):
-        model.fuse(model.image_features(pictures()).features, torch.zeros(B, 1, D))
+        model.fuse(TokenSequence(model.image_features(pictures()).features), Context(torch.zeros(B, 1, D)))
 
 
 def test_a_dense_model_has_no_routing_and_no_router_losses() -> None:

@@ -1,20 +1,5 @@
 """What tests of figures share."""
 
-from __future__ import annotations
+from tests.visualization.fonts import only_base_font
 
-from collections.abc import Iterator
-
-import pytest
-
-from diffmoe.visualization import style
-
-
-@pytest.fixture
-def only_base_font(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As on a machine with no Chinese font, and with nothing said yet."""
-    monkeypatch.setattr(style, "font_families", lambda: [style.BASE_FONT])
-    for cached in (style._drawable, style._warn_of_missing_font):
-        cached.cache_clear()
-    yield
-    for cached in (style._drawable, style._warn_of_missing_font):
-        cached.cache_clear()
+__all__ = ["only_base_font"]

@@ -13,7 +13,7 @@ from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from numpy.typing import NDArray
-from readable import assert_apart
+from tests.visualization.readable import assert_apart
 from torch import Tensor
 
 from diffmoe.config import UserError

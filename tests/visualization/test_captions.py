@@ -17,7 +17,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
-from readable import assert_apart
+from tests.visualization.readable import assert_apart
 
 from diffmoe.visualization import caption_sheet, ranked_texts, retrieval_grid, style
 

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import StepPatch
-from readable import assert_apart
+from tests.visualization.readable import assert_apart
 from torch import Tensor
 
 from diffmoe.evaluation.ablation import Ablation

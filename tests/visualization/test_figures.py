@@ -16,10 +16,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from readable import assert_apart
+from tests.visualization.readable import assert_apart
 
 from diffmoe.config import UserError
-from diffmoe.evaluation import Predictions, calibration_bins, calibration_error
+from diffmoe.evaluation.classification import Predictions, calibration_bins, calibration_error
 from diffmoe.visualization import (
     confusion_matrix,
     per_class,
@@ -262,19 +262,13 @@ class TestLabels:
             assert shown.startswith("a name")
         assert len(set(style.labels([LONG_NAME + " 1", LONG_NAME + " 2"]))) == 2
 
-    def test_without_a_font_the_class_number_and_one_warning(
-        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-    ):
-        monkeypatch.setattr(style, "font_families", lambda: [style.BASE_FONT])
-        for cached in (style._drawable, style._warn_of_missing_font):
-            cached.cache_clear()
+    @pytest.mark.usefixtures("only_base_font")
+    def test_without_a_font_the_class_number_and_one_warning(self, caplog: pytest.LogCaptureFixture):
         with caplog.at_level(logging.WARNING):
             assert style.labels(["猫", "dog", "狗"]) == ["class 0", "dog", "class 2"]
             FigureCanvasAgg(confusion_matrix(np.eye(2, dtype=int), ["猫", "狗"])).draw()  # no glyph warning: an error
         assert [record.levelname for record in caplog.records] == ["WARNING"]
         assert "Noto Sans CJK" in caplog.text
-        for cached in (style._drawable, style._warn_of_missing_font):
-            cached.cache_clear()
 
     def test_marks_can_be_drawn(self):
         assert {ord(style.RIGHT), ord(style.WRONG), ord("…")} <= style._drawable()

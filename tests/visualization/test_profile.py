@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from readable import assert_apart
+from tests.visualization.readable import assert_apart
 
 from diffmoe.profiling.parts import ORDER
 from diffmoe.visualization import profile, style

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -14,18 +13,11 @@ from torch import Tensor
 from diffmoe.app.models import Models
 from diffmoe.app.seen import enlarged
 from diffmoe.app.uploads import read_upload, thumbnail
-from diffmoe.commands.captions import write_captions
-from diffmoe.commands.predict import TEMPLATES, label_probabilities
-from diffmoe.commands.use import UsedModel
 from diffmoe.config import UserError
-from diffmoe.data import LazyImages
 from diffmoe.data.folders import FilePictures, picture_files
-from diffmoe.evaluation.experts import BlockRouting
-from diffmoe.model.captioner import Captioner
-from diffmoe.model.features import ImageFeatures
-from diffmoe.model.heads import ImageClassifier
-from diffmoe.recipes import generation_config
-from diffmoe.retrieval import Index, gallery_fingerprint, model_fingerprint
+from diffmoe.data.pictures import LazyImages
+from diffmoe.inference import Predictor
+from diffmoe.storage.index import Index, gallery_fingerprint, model_fingerprint
 from diffmoe.visualization.attention import attention_maps
 from diffmoe.visualization.experts import routing_map
 from diffmoe.visualization.language import say
@@ -49,11 +41,9 @@ class Answers:
     def predict(self, picture: str | None, model: str | None) -> dict[str, float]:
         """The probability of each class."""
         used, pixels = self._read(picture, model)
-        if not isinstance(used.model, ImageClassifier):
+        if not used.has_classes:
             raise UserError(say("This model has no classes: it writes captions."))
-        with torch.inference_mode():
-            logits = used.model(used.prepare(pixels[None]), classes=used.classes, need_losses=False)["logits"]
-        return dict(zip(used.info.class_names, logits[0].float().softmax(-1).tolist(), strict=True))
+        return dict(zip(used.info.class_names, used.probabilities(pixels[None])[0].tolist(), strict=True))
 
     def zero_shot(self, picture: str | None, labels: str, model: str | None) -> dict[str, float]:
         """The probability of each of the labels, which stand on lines of their own or between commas."""
@@ -64,15 +54,15 @@ class Answers:
             raise UserError(say("Give at most {limit} labels.", limit=MOST_LABELS))
         used, pixels = self._read(picture, model)
         _check_reads_texts(used)
-        probabilities = label_probabilities(used, pixels[None], names, TEMPLATES)[0]
+        probabilities = used.label_probabilities(pixels[None], names)[0]
         return dict(zip(names, probabilities.tolist(), strict=True))
 
     def caption(self, picture: str | None, model: str | None) -> str:
         """A sentence for the picture, by beam search."""
         used, pixels = self._read(picture, model)
-        if not isinstance(used.model, Captioner):
+        if used.has_classes:
             raise UserError(say("This model tells classes apart: captions need one that was trained on captions."))
-        return write_captions(used.model, pixels[None], used.info, generation_config(used.info.dataset), seed=0)[0]
+        return used.caption(pixels[None])[0]["caption"]
 
     def retrieve(
         self, text: str, picture: str | None, folder: str | None, model: str | None
@@ -85,9 +75,9 @@ class Answers:
         used = self.models.open(model)
         if text.strip():
             _check_reads_texts(used)
-            query = used.encode_texts([text])
+            query = used.embed_texts([text])
         else:
-            query = used.encode_pictures(self._pixels(picture, used)[None])
+            query = used.embed_images(self._pixels(picture, used)[None])
         index = _embed(used, root, names, gallery_fingerprint(names, [root / name for name in names]))
         scores, rows = (found[0].tolist() for found in index.search(query, FOUND))
         return [
@@ -105,7 +95,7 @@ class Answers:
     def routing(self, picture: str | None, block: int, model: str | None) -> Figure:
         """Which expert takes which patch: in one image block, counted from 1, or in all of them (0)."""
         used, pixels = self._read(picture, model)
-        blocks = [BlockRouting.of(routing) for routing in _look(used, pixels).routing]
+        blocks = used.routing(pixels[None])
         if not blocks:
             raise UserError(say("This model is dense: it has no experts, so there is no routing to show."))
         _check_number(say("Block"), block, len(blocks))
@@ -115,19 +105,19 @@ class Answers:
         """Where a patch looks, counted from 1 in reading order, or all patches on average (0)."""
         used, pixels = self._read(picture, model)
         _check_number(say("Patch"), patch, used.model.config.num_patches)
-        return attention_maps(pixels, _look(used, pixels).attention, None if patch == 0 else patch - 1)
+        return attention_maps(pixels, used.attention(pixels[None]), None if patch == 0 else patch - 1)
 
     def seen(self, picture: str | None, patch: int, model: str | None) -> Image.Image:
         """The picture as the model sees it, with the patch framed."""
         used, pixels = self._read(picture, model)
         return enlarged(pixels, used.model.config, patch)
 
-    def _read(self, picture: str | None, model: str | None) -> tuple[UsedModel, Tensor]:
+    def _read(self, picture: str | None, model: str | None) -> tuple[Predictor, Tensor]:
         used = self.models.open(model)
         return used, self._pixels(picture, used)
 
-    def _pixels(self, picture: str | None, used: UsedModel) -> Tensor:
-        return read_upload(picture, self.uploads, used.model.config.img_size, used.model.config.in_channels)
+    def _pixels(self, picture: str | None, used: Predictor) -> Tensor:
+        return read_upload(picture, self.uploads, used.picture)
 
     def _listed(self, folder: str) -> tuple[Path, tuple[str, ...]]:
         """A folder of the gallery, and the pictures in it and its folders; links that leave the gallery are none."""
@@ -149,8 +139,8 @@ def _is_file_within(path: Path, folder: Path) -> bool:
     return path.is_relative_to(folder) and path.is_file()
 
 
-def _check_reads_texts(used: UsedModel) -> None:
-    if isinstance(used.model, ImageClassifier) and used.model.class_tokens is None:
+def _check_reads_texts(used: Predictor) -> None:
+    if not used.reads_texts:
         raise UserError(say("This model was trained without texts: it cannot compare a picture with words."))
 
 
@@ -161,15 +151,8 @@ def _check_number(what: str, number: int, count: int) -> None:
         )
 
 
-def _look(used: UsedModel, pixels: Tensor) -> ImageFeatures:
-    """A picture (C, H, W) through the image tower, with its routing and attention."""
-    with torch.inference_mode():
-        return used.backbone.image_features(used.prepare(pixels[None]), need_weights=True)
-
-
 @lru_cache(maxsize=4)
-def _embed(used: UsedModel, root: Path, names: tuple[str, ...], key: str) -> Index:
+def _embed(used: Predictor, root: Path, names: tuple[str, ...], key: str) -> Index:
     """The pictures of a folder, embedded; `key` changes with them."""
-    config = used.model.config
-    pictures = LazyImages.of(FilePictures(root, names), config.img_size, config.in_channels)
-    return Index(used.encode_pictures(pictures), names, "pictures", model_fingerprint(used.model), key)
+    pictures = LazyImages.of(FilePictures(root, names), used.picture)
+    return Index(used.embed_images(pictures), names, "pictures", model_fingerprint(used.model), key)

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from diffmoe.commands.preparation import parameter_counts
-from diffmoe.commands.use import UsedModel, open_model
 from diffmoe.config import UserError
-from diffmoe.model.heads import ImageClassifier
-from diffmoe.runs import RunFiles
+from diffmoe.inference import Predictor
+from diffmoe.model.parameters import parameter_counts
+from diffmoe.storage.run_files import RunFiles
 from diffmoe.visualization.language import say
 
 KEPT_OPEN = 4
@@ -49,7 +48,7 @@ class Models:
         found.sort(key=lambda path: (-path.stat().st_mtime_ns, path))
         return {path.relative_to(self.folder).as_posix(): path for path in found}
 
-    def open(self, name: str | None) -> UsedModel:
+    def open(self, name: str | None) -> Predictor:
         """The model of that name. Raises `UserError` where it is not offered or cannot be opened."""
         path = self._path(name)
         return _open(str(path), path.stat().st_mtime_ns if path.exists() else 0, self.device)
@@ -62,14 +61,14 @@ class Models:
 
     def is_classifier(self, name: str | None) -> bool:
         """Whether the model tells classes apart; otherwise it writes captions."""
-        return isinstance(self.open(name).model, ImageClassifier)
+        return self.open(name).has_classes
 
     def about(self, name: str | None) -> str:
         """What is loaded, as Markdown: its data, its size, and how well it did where its run says so."""
         path, used = self._path(name), self.open(name)
         config, info = used.model.config, used.info
         counts = parameter_counts(used.model)
-        if isinstance(used.model, ImageClassifier):
+        if used.has_classes:
             task = say("tells {count} classes apart", count=len(info.class_names))
         else:
             task = say("writes captions")
@@ -97,13 +96,13 @@ class Models:
         return "\n".join(f"- {line}" for line in lines)
 
 
-def _scores(path: Path, used: UsedModel) -> list[str]:
+def _scores(path: Path, used: Predictor) -> list[str]:
     """What `metrics.json` beside a model file says of it; nothing where there is none."""
     metrics = RunFiles.beside(path).read_metrics()
     if metrics.get("dataset") != used.info.dataset:
         return []
     test, validation = metrics.get("test_accuracy", 0), metrics.get("val_accuracy", 0)
-    if isinstance(used.model, ImageClassifier):
+    if used.has_classes:
         tested = say("Test accuracy: **{value:.1%}**", value=test)
         validated = say("Validation accuracy: {value:.1%}", value=validation)
     else:
@@ -124,6 +123,6 @@ def _plain(text: str) -> str:
 
 
 @lru_cache(maxsize=KEPT_OPEN)
-def _open(path: str, changed: int, device: str) -> UsedModel:
+def _open(path: str, changed: int, device: str) -> Predictor:
     """A file that was `changed` (its time, in ns) is opened again."""
-    return open_model(path, device)
+    return Predictor(path, device)

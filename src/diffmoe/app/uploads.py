@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from diffmoe.config import UserError
-from diffmoe.data.pictures import to_tensor
+from diffmoe.data.pictures import PictureSpec
 from diffmoe.visualization.language import say
 
 MAX_PIXELS = 50_000_000
@@ -21,14 +21,13 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM
 """Of those that PIL knows. Others start programs (EPS) or are no pictures of a camera or a screen."""
 
 
-def read_upload(path: str | None, folder: Path, img_size: int, in_channels: int) -> Tensor:
-    """The picture in a file as uint8 (in_channels, img_size, img_size).
+def read_upload(path: str | None, folder: Path, spec: PictureSpec) -> Tensor:
+    """The picture in a file as uint8 (C, size, size).
 
     Args:
         path: what a stranger says; only a regular file in `folder` is opened, links followed.
         folder: where uploads lie, resolved.
-        img_size: side of the picture.
-        in_channels: 1 or 3.
+        spec: what a picture is to the model.
 
     Raises:
         UserError: where there is none, or it is no upload, too large, has too many pixels, is damaged or no picture.
@@ -41,9 +40,8 @@ def read_upload(path: str | None, folder: Path, img_size: int, in_channels: int)
         raise UserError(say("{name} is too large: at most {limit} MB are read.", name=name, limit=MAX_BYTES // 10**6))
     with _opened(encoded, name) as image:
         try:
-            # As `decode_picture` does: JPEG can decode straight to a fraction of its size.
-            image.draft(None, (2 * img_size, 2 * img_size))
-            return to_tensor(image, img_size, in_channels)
+            image.draft(None, (2 * spec.size, 2 * spec.size))  # as `PictureSpec.decode` does
+            return spec.fit(image)
         except Exception as error:  # on damaged files PIL raises a dozen types, SyntaxError among them
             raise UserError(say("{name} cannot be decoded: it must be a whole picture.", name=name)) from error
 

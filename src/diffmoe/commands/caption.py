@@ -6,12 +6,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffmoe.commands.captions import FILE, SHEET, check_captions_file, is_captions_file, save_captions, write_captions
-from diffmoe.commands.use import open_model
+from diffmoe.commands.parsing import model_parser, show
 from diffmoe.config import UserError
-from diffmoe.files import check_writable
-from diffmoe.model.captioner import Captioner
-from diffmoe.recipes import generation_config
+from diffmoe.config.settings import parse_given
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write a caption for each picture."""
+    parser = model_parser("caption", "Write a caption for each picture.", images="+")
+    parser.add_argument("--seed", type=int, default=0, help="of --decoding sample (default: 0)")
+    parser.add_argument("--output_dir", default="visualizations/captions", help="for captions.json and captions.png")
+    parser.add_argument("--overwrite", action="store_true", help="replace files of these names that are not its own")
+    args, rest = parser.parse_known_args(argv)
+    given = parse_given("generation", rest, prog="diffmoe caption")
+    options = {name: getattr(args, name) for name in ("seed", "output_dir", "overwrite", "device")}
+    rows = caption(args.images, args.checkpoint, given, **options)
+    return show(rows, args.json, lambda rows: [print(f"{row['image']}: {row['caption']}") for row in rows])
 
 
 def caption(
@@ -23,7 +33,7 @@ def caption(
     output_dir: str,
     device: str,
     overwrite: bool = False,
-) -> list[str]:
+) -> list[dict[str, Any]]:
     """A caption for each picture file, also saved as `captions.json` and drawn as `captions.png` in `output_dir`.
 
     What an earlier call wrote is replaced; other files of these names only where told to `overwrite`. Its own are a
@@ -31,6 +41,9 @@ def caption(
 
     `given`: fields of `GenerationConfig`; the others are as the recipe of the model's dataset has them.
     """
+    from diffmoe.files import check_writable, write_atomically
+    from diffmoe.inference import Predictor
+    from diffmoe.tasks.captioning import FILE, SHEET, captions_as_text, check_captions_file, is_captions_file
     from diffmoe.visualization import captions, figures
 
     folder = Path(output_dir)
@@ -39,12 +52,10 @@ def caption(
     check_captions_file(texts, overwrite)
     if sheet.exists() and not overwrite and not is_captions_file(texts):
         raise UserError(f"{sheet} is not one that this program wrote: give another --output_dir or --overwrite")
-    used = open_model(checkpoint, device)
-    if not isinstance(used.model, Captioner):
-        raise UserError(f"{checkpoint} tells classes apart: captions need a model trained on captions, as on flickr8k")
+    used = Predictor(checkpoint, device)
     pictures = used.read(images)
-    config = generation_config(used.info.dataset, **given)
-    written = write_captions(used.model, pictures, used.info, config, seed)
-    save_captions(texts, list(images), written)
+    written = [row["caption"] for row in used.caption(pictures, seed=seed, **given)]
+    content = captions_as_text(list(images), written)
+    write_atomically(texts, lambda unfinished: unfinished.write_text(content, encoding="utf-8"))
     figures.save(captions.caption_sheet(pictures[:SHEET], written[:SHEET]), sheet)
-    return written
+    return [{"image": path, "caption": text} for path, text in zip(images, written, strict=True)]

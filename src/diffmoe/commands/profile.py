@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from lightning_fabric import Fabric
-from torch import nn
-from tqdm import tqdm
-
-from diffmoe.checkpoint import Head, load_checkpoint
-from diffmoe.commands import TASKS, captions, classification
-from diffmoe.commands.preparation import check_fits, check_vocabulary, parameter_counts, pictures_folder
+from diffmoe.commands.parsing import bare_parser, show
 from diffmoe.config import EMBEDDED_DATASETS, HUB_DATASETS, UserError
-from diffmoe.data import VOCAB_SIZE, check_dataset
-from diffmoe.files import check_outside_data, check_writable, write_atomically
-from diffmoe.hardware import keep_freed_memory, make_fabric, pick_device, use_fast_matmul
-from diffmoe.model.captioner import Captioner
-from diffmoe.model.heads import ImageClassifier
-from diffmoe.objectives import CaptionObjective, ClassificationObjective
-from diffmoe.profiling.costs import flop_counter, grouped, measure
-from diffmoe.profiling.throughput import Batch, Contender, race
-from diffmoe.settings import Settings
-from diffmoe.visualization.figures import save
-from diffmoe.visualization.profile import costs_by_part, throughput
+from diffmoe.config.settings import Settings, parse_settings
+
+if TYPE_CHECKING:
+    import torch
+
+    from diffmoe.model.heads import Head
+    from diffmoe.profiling.throughput import Batch, Contender
 
 NOTES = (
     "FLOPs: by torch's counter, of products and convolutions; rows that only fill experts' products up run, and count",
@@ -38,28 +28,77 @@ NOTES = (
 )
 
 
+def main(argv: Sequence[str]) -> int:
+    """Profile a model."""
+    parser = bare_parser("profile", "What a model costs, by part: a trained one, or a fresh one of any settings.")
+    parser.epilog = (
+        "Also the flags of `diffmoe train`: --checkpoint, --dataset, --data_dir, --preset, --batch_size (of the step "
+        "that is taken apart), --seed, --device, --output_dir, and every field of the model."
+    )
+    parser.add_argument(
+        "--batch_sizes", nargs="+", type=int, default=[1, 8, 64, 256], metavar="N", help="of the throughput's curve"
+    )
+    parser.add_argument("--steps", type=int, default=10, help="measured steps and rounds; medians count (default: 10)")
+    parser.add_argument(
+        "--trace", action=argparse.BooleanOptionalAction, default=True, help="write a trace that Perfetto opens"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    args, rest = parser.parse_known_args(argv)
+    if min(args.batch_sizes) < 1:
+        raise UserError(f"batch_sizes are {' '.join(map(str, args.batch_sizes))}: each must be at least 1")
+    if args.steps < 1:
+        raise UserError(f"steps is {args.steps}: it must be at least 1")
+    from diffmoe.commands.profile_tables import print_profile
+
+    settings = parse_settings(rest, prog="diffmoe profile", mode="profile")
+    return show(profile(settings, sorted(set(args.batch_sizes)), args.steps, args.trace), args.json, print_profile)
+
+
 def profile(settings: Settings, batch_sizes: Sequence[int], steps: int, trace: bool) -> dict[str, Any]:
     """Profile a model file or a fresh model, write pictures and trace; what `--json` prints. Raises `UserError`."""
+    import torch
+
+    from diffmoe.files import check_outside_data, check_writable
+    from diffmoe.hardware import pick_device, tuned
+    from diffmoe.runs import check_fits, pictures_folder
+    from diffmoe.storage.model_files import load_model_file
+
     run, trained = settings.run, None
     if (device := pick_device(run.device).type) == "mps" or run.num_devices > 1:
         raise UserError(f"device is {device!r}, num_devices {run.num_devices}: profile takes one, cpu or cuda")
     if run.checkpoint is not None:
-        loaded = load_checkpoint(run.checkpoint)
+        loaded = load_model_file(run.checkpoint)
         trained = loaded.model
         check_fits(settings, trained.config, Path(run.checkpoint))
         dataset = settings.data.dataset if "dataset" in settings.given else loaded.data.dataset
         settings = replace(settings, data=replace(settings.data, dataset=dataset), model=trained.config)
-    folder, train, show = pictures_folder(settings) / "profile", settings.training, settings.visualization
+    folder = pictures_folder(settings) / "profile"
     check_writable(folder)
     check_outside_data(folder, settings.data, "output_dir", "visualizations")
-    check_vocabulary(settings.model)
+    with torch.random.fork_rng(), tuned():
+        return _profile(settings, trained, batch_sizes, steps, folder, trace)
+
+
+def _profile(
+    settings: Settings, trained: Head | None, batch_sizes: Sequence[int], steps: int, folder: Path, trace: bool
+) -> dict[str, Any]:
+    import torch
+    from tqdm import tqdm
+
+    from diffmoe.files import write_atomically
+    from diffmoe.profiling.costs import grouped, measure
+    from diffmoe.profiling.throughput import Contender, race
+    from diffmoe.training.parallel import make_fabric
+    from diffmoe.visualization.figures import save
+    from diffmoe.visualization.profile import costs_by_part, throughput
+
+    run, train, show = settings.run, settings.training, settings.visualization
     fabric = make_fabric(run)
-    use_fast_matmul()
-    keep_freed_memory()
     torch.manual_seed(train.seed)
-    model, draw, is_real, notes = _subject(settings, trained, fabric, {*batch_sizes, train.batch_size})
-    models = {"dense": model} if model.config.dense else {"dense": twin(model), "moe": model}
-    contenders = {n: Contender(m, objective(m, train.label_smoothing), infer, train, fabric) for n, m in models.items()}
+    model, draw, is_real, notes = _subject(settings, trained, fabric.device, {*batch_sizes, train.batch_size})
+    models = {"dense": model.like(replace(model.config, dense=True)), "moe": model}
+    models = {"dense": model} if model.config.dense else models
+    contenders = {name: Contender(fabric, each, train) for name, each in models.items()}
     (*twins, one), size = contenders.values(), train.batch_size
     parts, peak, recorded = measure(one, lambda: draw(size), is_real, steps)
     groups = grouped(parts)
@@ -94,6 +133,9 @@ def profile(settings: Settings, batch_sizes: Sequence[int], steps: int, trace: b
 
 def _totals(contender: Contender, batch: Batch) -> dict[str, Any]:
     """Parameters, and FLOPs of each picture of a batch."""
+    from diffmoe.model.parameters import parameter_counts
+    from diffmoe.profiling.costs import flop_counter
+
     with flop_counter() as training:
         contender.train(batch)
     with contender.inference() as infer, flop_counter() as inference:
@@ -103,22 +145,33 @@ def _totals(contender: Contender, batch: Batch) -> dict[str, Any]:
     return parameter_counts(contender.model) | flops
 
 
-def _subject(settings: Settings, trained: Head | None, fabric: Fabric, sizes: set[int]) -> tuple[Head, Any, bool, list]:
+def _subject(
+    settings: Settings, trained: Head | None, device: torch.device, sizes: set[int]
+) -> tuple[Head, Callable[[int], Batch], bool, list[str]]:
     """The model, new batches of these sizes, if they are real, what to say; noise instead of an unasked download."""
-    dataset, is_fresh = settings.data.dataset, trained is None
-    notes = [] if settings.model.dense else [f"routing: {'a fresh' if is_fresh else 'the trained'} router"]
+    from diffmoe.data.loading import load_dataset
+    from diffmoe.data.pictures import PictureSpec
+    from diffmoe.tasks import TASKS, task_of_data, task_of_model
+
+    dataset, is_fresh, config = settings.data.dataset, trained is None, settings.model
+    notes = [] if config.dense else [f"routing: {'a fresh' if is_fresh else 'the trained'} router"]
     named = dataset not in HUB_DATASETS if is_fresh else "dataset" in settings.given
     if not (named or settings.data.data_dir or dataset in EMBEDDED_DATASETS or Path(dataset).is_dir()):
-        model = trained or fresh(settings)
+        kind = "captions" if dataset == "flickr8k" else "classification"  # of the sets of the hub that have a name
+        task = task_of_model(trained) if trained else next(task for task in TASKS if task.data_kind == kind)
+        task.check(settings)
+        model = (trained or task.made_up(settings)).to(device)
         said = "pictures, labels, captions: noise, as no data was named (--data_dir takes a folder)"
-        return model, lambda size: noise(model, size), False, [*notes, said]
-    parts = TASKS[check_dataset(settings.data)].prepare(settings, fabric)
-    model = trained or parts.model
-    batches: Any = parts.batches
-    if type(model) is not type(parts.model) or model.config.num_classes != parts.model.config.num_classes:
+        return model, lambda size: [part.to(device) for part in task.noise(model, size)], False, [*notes, said]
+    task = task_of_data(settings.data)
+    task.check(settings)
+    data = load_dataset(settings.data, PictureSpec(config.img_size, config.in_channels))
+    model = trained or task.build(settings, data)
+    if task_of_model(model) is not task or (data.class_names and model.config.num_classes != len(data.class_names)):
         raise UserError(f"{settings.run.checkpoint} was trained for another task or other classes than {dataset}'s")
-    if max(sizes) > len(batches.split):
-        raise UserError(f"a batch of {max(sizes)} is asked for: {dataset} has {len(batches.split)} training pictures")
+    if max(sizes) > len(data.train):
+        raise UserError(f"a batch of {max(sizes)} is asked for: {dataset} has {len(data.train)} training pictures")
+    batches = task.training_batches(settings, data, device)
 
     def stream(size: int) -> Iterator[Batch]:
         resized = copy.copy(batches)
@@ -128,40 +181,3 @@ def _subject(settings: Settings, trained: Head | None, fabric: Fabric, sizes: se
     streams = {size: stream(size) for size in sizes}
     said = f"pictures: the training split of {dataset}, loaded and augmented as in training"
     return model, lambda size: next(streams[size]), True, [*notes, said]
-
-
-def fresh(settings: Settings) -> Head:
-    """A model of the settings without its data: class descriptions from templates, all words to write."""
-    if settings.data.dataset == "flickr8k":
-        captions.check_fusion(settings.model)
-        return Captioner(settings.model, torch.arange(VOCAB_SIZE))
-    names = [f"class {number}" for number in range(settings.model.num_classes)]
-    tokens = classification.class_tokens(settings.data.dataset, names, settings.model.max_text_len)
-    return ImageClassifier(settings.model, *tokens)
-
-
-def twin(model: Head) -> Head:
-    """The same model with each pool replaced by one expert top_k times as wide, freshly made."""
-    text = (model.output_tokens,) if isinstance(model, Captioner) else (model.class_tokens, model.class_mask)
-    return type(model)(replace(model.config, dense=True), *text)
-
-
-def objective(model: Head, label_smoothing: float) -> nn.Module:
-    """What training minimises."""
-    kind: Any = CaptionObjective if isinstance(model, Captioner) else ClassificationObjective
-    return kind(model, label_smoothing)
-
-
-def infer(model: Head, batch: Batch, classes: Any) -> None:
-    """Pictures to classes; or pictures and their captions to logits."""
-    model(*batch) if isinstance(model, Captioner) else model(batch[0], classes=classes)
-
-
-def noise(model: Head, batch_size: int) -> Batch:
-    """A batch of normal noise of the model's shape, with random labels or captions."""
-    config, device = model.config, next(model.parameters()).device
-    images = torch.randn(batch_size, config.in_channels, config.img_size, config.img_size, device=device)
-    if not isinstance(model, Captioner):
-        return images, torch.randint(config.num_classes, (batch_size,), device=device)
-    words = torch.randint(len(model.output_tokens), (batch_size, config.max_text_len), device=device)
-    return images, model.output_tokens[words], torch.ones_like(words)

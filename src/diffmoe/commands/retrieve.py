@@ -3,20 +3,46 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from diffmoe.commands.use import UsedModel, open_model
+from diffmoe.commands.parsing import model_parser, show
 from diffmoe.config import DataConfig, UserError, dataset_name
-from diffmoe.data import LazyImages, check_dataset, load_captions, load_dataset
-from diffmoe.data.folders import FilePictures, picture_files
-from diffmoe.data.text_files import read_lines
-from diffmoe.files import check_outside_data, check_writable
-from diffmoe.retrieval import Index, gallery_fingerprint, model_fingerprint
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from diffmoe.data.pictures import LazyImages
+    from diffmoe.inference import Predictor
+    from diffmoe.storage.index import Index
+
+
+def main(argv: Sequence[str]) -> int:
+    """Search."""
+    parser = model_parser("retrieve", "Find pictures by a text, or texts by a picture.")
+    parser.add_argument("gallery", help="a folder of pictures, or a dataset")
+    parser.add_argument("--text", help="asks for pictures of the gallery")
+    parser.add_argument("--image", help="a picture file; asks for texts")
+    parser.add_argument("--sentences", help="file of texts, one a line; default: the gallery's captions")
+    parser.add_argument("--data_dir", help="folder that holds the dataset")
+    parser.add_argument("--split", default="test", help="split of a dataset (default: test)")
+    parser.add_argument("--index", help="file that keeps the embeddings; default: in output_dir")
+    parser.add_argument("--overwrite", action="store_true", help="make the index again where it does not fit")
+    parser.add_argument("--top", type=int, default=8, help="how many to find (default: 8)")
+    parser.add_argument("--output_dir", default="visualizations", help="for the index and the picture")
+    args = vars(parser.parse_args(argv))
+    as_json = args.pop("json")
+    if args["top"] < 1:
+        raise UserError(f"top is {args['top']}: it must be at least 1")
+    return show(retrieve(args.pop("checkpoint"), args.pop("gallery"), **args), as_json, _print_found)
+
+
+def _print_found(found: dict[str, Any]) -> None:
+    for row in found["results"]:
+        print(f"  {row['similarity']:6.3f}  {row['item']}")
+    print(f"picture: {found['picture']}   index: {found['index']}")
 
 
 @dataclass(frozen=True)
@@ -64,11 +90,17 @@ def retrieve(
     """
     if (text is None) == (image is None):
         raise UserError("retrieve needs either --text, which asks for pictures, or --image, which asks for texts")
+    if split not in ("train", "validation", "test"):
+        raise UserError(f"split is {split!r}: it must be train, validation or test")
+    from diffmoe.files import check_outside_data, check_writable
+    from diffmoe.inference import Predictor
+    from diffmoe.storage.index import Index, gallery_fingerprint, model_fingerprint
+
     folder = Path(output_dir) / dataset_name(gallery)
     check_writable(folder)
     check_outside_data(folder, DataConfig(dataset=gallery, data_dir=data_dir), "output_dir", "visualizations")
-    used = open_model(checkpoint, device)
-    query = used.encode_texts([text]) if text is not None else used.encode_pictures(used.read([str(image)]))
+    used = Predictor(checkpoint, device)
+    query = used.embed_texts([text]) if text is not None else used.embed_images(str(image))
     found = _open_gallery(used, gallery, data_dir, split)
     wanted = found.names if text is not None else _texts(found, sentences)
     kind = "pictures" if text is not None else "texts"
@@ -76,7 +108,7 @@ def retrieve(
     path = Path(index) if index else folder / f"{kind}.safetensors"
     stored = _open_index(path, model_fingerprint(used.model), key, overwrite)
     if stored is None:
-        embeddings = used.encode_pictures(found.images) if text is not None else used.encode_texts(wanted)
+        embeddings = used.embed_images(found.images) if text is not None else used.embed_texts(wanted)
         stored = Index(embeddings, tuple(wanted), kind, model_fingerprint(used.model), key)
         stored.save(path)
     scores, rows = (tensor[0] for tensor in stored.search(query, top))
@@ -88,26 +120,28 @@ def retrieve(
     return {"query": text or image, "index": str(path), "picture": str(picture), "results": results}
 
 
-def _open_gallery(used: UsedModel, gallery: str, data_dir: str | None, split: str) -> Gallery:
-    config = used.model.config
-    size: dict[str, Any] = {"img_size": config.img_size, "in_channels": config.in_channels}
+def _open_gallery(used: Predictor, gallery: str, data_dir: str | None, split: str) -> Gallery:
+    import torch
+
+    from diffmoe.data.folders import FilePictures, picture_files
+    from diffmoe.data.loading import load_dataset
+    from diffmoe.data.pictures import LazyImages
+    from diffmoe.storage.index import gallery_fingerprint
+
     folder = Path(gallery).expanduser()
     if data_dir is None and folder.is_dir() and (names := picture_files(folder)) and not (folder / "train").is_dir():
         files = FilePictures(folder, names)
         paths = tuple(str(folder / name) for name in names)
-        return Gallery(paths, LazyImages.of(files, **size), (), gallery_fingerprint(paths, [Path(p) for p in paths]))
-    data_config = DataConfig(dataset=gallery, data_dir=data_dir)
-    if split not in ("train", "validation", "test"):
-        raise UserError(f"split is {split!r}: it must be train, validation or test")
-    if check_dataset(data_config) == "captions":
-        captioned = getattr(load_captions(data_config, **size), split)
-        images, texts = captioned.images, tuple(t for of_picture in captioned.captions for t in of_picture)
-    else:
-        images, texts = getattr(load_dataset(data_config, **size), split).images, ()
+        images = LazyImages.of(files, used.picture)
+        return Gallery(paths, images, (), gallery_fingerprint(paths, [Path(p) for p in paths]))
+    # Split as for training: the model has not seen what is searched, unless it is told to look there.
+    data = load_dataset(used.info.split_as_trained(DataConfig(dataset=gallery, data_dir=data_dir)), used.picture)
+    searched = getattr(data, split)
+    images = searched.images
     names = tuple(f"{dataset_name(gallery)} {split} {row}" for row in range(len(images)))
     sample = images[torch.arange(0, len(images), max(1, len(images) // 50))]
     content = hashlib.sha256(sample.numpy().tobytes()).hexdigest()
-    return Gallery(names, images, texts, gallery_fingerprint([content, *names]))
+    return Gallery(names, images, searched.texts, gallery_fingerprint([content, *names]))
 
 
 def _texts(gallery: Gallery, sentences: str | None) -> tuple[str, ...]:
@@ -115,6 +149,8 @@ def _texts(gallery: Gallery, sentences: str | None) -> tuple[str, ...]:
         if not gallery.texts:
             raise UserError("image asks for texts, and this gallery has no captions: give --sentences FILE, one a line")
         return gallery.texts
+    from diffmoe.data.text_files import read_lines
+
     texts = tuple(line.strip() for _, line in read_lines(Path(sentences)))
     if not texts:
         raise UserError(f"{sentences} is empty: it must have a sentence on each line")
@@ -123,6 +159,8 @@ def _texts(gallery: Gallery, sentences: str | None) -> tuple[str, ...]:
 
 def _open_index(path: Path, model: str, gallery: str, overwrite: bool) -> Index | None:
     """The stored index where it is of this model and gallery; None where one must be made."""
+    from diffmoe.storage.index import Index
+
     if not path.exists() or overwrite:
         return None
     stored = Index.load(path)
@@ -131,7 +169,7 @@ def _open_index(path: Path, model: str, gallery: str, overwrite: bool) -> Index 
 
 
 def _draw(
-    used: UsedModel,
+    used: Predictor,
     gallery: Gallery,
     text: str | None,
     image: str | None,
@@ -145,5 +183,5 @@ def _draw(
     if text is not None:
         figure = captions.retrieval_grid(text, gallery.images[rows], scores)
     else:
-        figure = captions.ranked_texts(used.read([str(image)])[0], [index.items[row] for row in rows.tolist()], scores)
+        figure = captions.ranked_texts(used.read(str(image))[0], [index.items[row] for row in rows.tolist()], scores)
     return figures.save(figure, folder / "retrieved.png")

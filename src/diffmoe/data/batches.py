@@ -5,8 +5,9 @@ So any batch of any epoch can be made again, which is what an exact resume in mi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -14,8 +15,8 @@ from torch import Generator, Tensor
 
 from diffmoe.config import UserError
 from diffmoe.data.augmentation import Augmentation, crop_and_flip, erase
-from diffmoe.data.pictures import LazyImages
-from diffmoe.data.splits import Split
+from diffmoe.data.pictures import LazyImages, PictureSpec
+from diffmoe.data.splits import PictureSplit, Split
 
 
 class Batch(NamedTuple):
@@ -27,21 +28,10 @@ class Batch(NamedTuple):
     """int64 (B,)."""
 
 
-class Pictures(Protocol):
-    """A split of any kind."""
-
-    @property
-    def images(self) -> Tensor | LazyImages:
-        """uint8 (N, C, H, W)."""
-        ...
-
-    def __len__(self) -> int: ...
+S = TypeVar("S", bound=PictureSplit)
 
 
-S = TypeVar("S", bound=Pictures)
-
-
-class PictureBatches(Generic[S]):
+class PictureBatches(ABC, Generic[S]):
     """The pictures of a split in batches, for one of `world_size` ranks.
 
     `batch_size` is over all ranks: each takes its share of every batch. With `shuffle` (training) all ranks have
@@ -54,8 +44,7 @@ class PictureBatches(Generic[S]):
         split: S,
         batch_size: int,
         *,
-        mean: Sequence[float],
-        std: Sequence[float],
+        picture: PictureSpec,
         device: str | torch.device = "cpu",
         shuffle: bool = False,
         seed: int = 0,
@@ -72,13 +61,17 @@ class PictureBatches(Generic[S]):
         if augment is not None and augment.crop_padding >= size:
             raise UserError(f"crop_padding is {augment.crop_padding}: it must be less than the pictures' {size} pixels")
         self.split, self.batch_size, self.device = split, batch_size, torch.device(device)
-        self.mean, self.std = mean, std
+        self.picture = picture
         self.shuffle, self.seed, self.augment = shuffle, seed, augment
         self.rank, self.world_size, self.num_workers = rank, world_size, num_workers
 
     def __len__(self) -> int:
         """Batches of an epoch on this rank."""
         return len(self._shares(torch.arange(len(self.split))))
+
+    @abstractmethod
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Any]:
+        """The batches of `epoch` from number `start` on, bit-equal to those of the whole epoch; pictures first."""
 
     def pictures(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Of each batch of `epoch` from number `start` on: float32 (B, C, H, W), normalised; its rows, int64 (B,)."""
@@ -107,11 +100,11 @@ class PictureBatches(Generic[S]):
     def _prepare(self, images: Tensor, epoch: int, number: int) -> Tensor:
         images = images.to(self.device, non_blocking=True)
         if self.augment is None:
-            return normalize(images, self.mean, self.std)
+            return self.picture.normalize(images)
         generator = seeded_generator(self.seed, epoch, number + 1, self.rank)  # from 1: 0 would be the key of the order
         if self.augment.crop_padding or self.augment.flip:
             images = crop_and_flip(images, self.augment, generator)
-        images = normalize(images, self.mean, self.std)
+        images = self.picture.normalize(images)
         return erase(images, self.augment.erase, generator) if self.augment.erase else images
 
 
@@ -122,12 +115,6 @@ class Batches(PictureBatches[Split]):
         """The batches of `epoch` from number `start` on, bit-equal to those of the whole epoch."""
         for images, share in self.pictures(epoch, start):
             yield Batch(images, self.split.labels[share].to(self.device, non_blocking=True))
-
-
-def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Pictures, uint8 (..., C, H, W) -> float32 minus `mean` over `std`, those of each channel in [0, 1]."""
-    mean_C11, std_C11 = (torch.tensor(values, device=images.device).view(-1, 1, 1) * 255 for values in (mean, std))
-    return images.float().sub_(mean_C11).div_(std_C11)
 
 
 def seeded_generator(*key: int) -> Generator:

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from diffmoe.config import UserError
+from diffmoe.data.pictures import PictureSpec
 from diffmoe.files import write_atomically
 
 log = logging.getLogger(__name__)
@@ -22,9 +23,9 @@ def cache_dir() -> Path:
     return Path(os.environ.get("DIFFMOE_CACHE") or "~/.cache/diffmoe").expanduser()
 
 
-def cache_path(fingerprint: str, *, img_size: int, in_channels: int) -> Path:
+def cache_path(fingerprint: str, spec: PictureSpec) -> Path:
     """The file of a set with this content, decoded to this size."""
-    return cache_dir() / f"{fingerprint}-{img_size}x{img_size}x{in_channels}-v{FORMAT_VERSION}.safetensors"
+    return cache_dir() / f"{fingerprint}-{spec.size}x{spec.size}x{spec.channels}-v{FORMAT_VERSION}.safetensors"
 
 
 def read_cache(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:

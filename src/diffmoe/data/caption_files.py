@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffmoe.config import UserError
-from diffmoe.data.captions import captions_in, check_captions
+from diffmoe.data.captions import CaptionSplit, captions_in, check_captions
 from diffmoe.data.folders import FilePictures
-from diffmoe.data.splits import SPLIT_ALIASES, EncodedCaptions
+from diffmoe.data.pictures import LazyImages, PictureSpec
+from diffmoe.data.splits import SPLIT_ALIASES, ClassesAndSplits
 from diffmoe.data.tables import caption_columns
 from diffmoe.data.text_files import read_csv, read_json_lines, read_lines
 
@@ -43,11 +44,11 @@ class CaptionFiles:
             digest.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
         return digest.hexdigest()[:32]
 
-    def read_captions(self, in_memory: bool) -> dict[str, EncodedCaptions]:
-        """For each split its pictures and their captions; the files stay on disk either way."""
-        return {
-            split: EncodedCaptions(FilePictures(self.root, tuple(by_name)), tuple(by_name.values()))
-            for split, by_name in self.captions.items()
+    def read(self, picture: PictureSpec, in_memory: bool) -> ClassesAndSplits:
+        """No class names, and for each split its pictures and their captions; the files stay on disk either way."""
+        return (), {
+            split: CaptionSplit(LazyImages.of(FilePictures(self.root, tuple(names)), picture), tuple(names.values()))
+            for split, names in self.captions.items()
         }
 
 

@@ -5,6 +5,7 @@ Shapes: N pictures, B pictures of a batch, M captions in all, T text tokens.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,53 +14,32 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffmoe.config import UserError
+from diffmoe.config import END_ID, START_ID, UserError
 from diffmoe.data.batches import PictureBatches, seeded_generator
-from diffmoe.data.pictures import LazyImages
-from diffmoe.data.text import END_ID, START_ID, tokenize
+from diffmoe.data.splits import PictureSplit
+from diffmoe.data.text import tokenize
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class CaptionSplit:
-    """Pictures of one split, each with its captions."""
+class CaptionSplit(PictureSplit):
+    """Pictures with captions."""
 
-    images: Tensor | LazyImages
-    """uint8 (N, C, H, W), in memory or decoded on demand."""
     captions: tuple[tuple[str, ...], ...]
     """For each picture its captions, at least one."""
     held_out: Tensor | None = None
     """(N,) bool, pictures whose combination of properties is in no training picture; None where nobody knows."""
 
-    def __post_init__(self) -> None:
-        if len(self.images) != len(self.captions):
-            raise ValueError(f"{len(self.images)} pictures but captions of {len(self.captions)}")
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return tuple(text for texts in self.captions for text in texts)
 
-    def __len__(self) -> int:
-        return len(self.captions)
+    def groups(self, class_names: Sequence[str]) -> dict[str, Tensor]:
+        return {"": torch.ones(len(self), dtype=torch.bool)}
 
-    def subset(self, indices: Tensor) -> CaptionSplit:
-        """The pictures at `indices`, int64 (M,)."""
-        images = self.images.subset(indices) if isinstance(self.images, LazyImages) else self.images[indices]
-        held_out = None if self.held_out is None else self.held_out[indices]
-        return CaptionSplit(images, tuple(self.captions[index] for index in indices.tolist()), held_out)
-
-
-@dataclass(frozen=True)
-class CaptionDataset:
-    """A set of pictures with captions, in three splits that share no picture."""
-
-    name: str
-    known_as: str
-    """As in `ImageDataset`."""
-    train: CaptionSplit
-    validation: CaptionSplit
-    test: CaptionSplit
-    mean: tuple[float, ...]
-    """Of each channel over the training split, pictures in [0, 1]."""
-    std: tuple[float, ...]
-    """Likewise."""
+    def digest(self) -> bytes:
+        return json.dumps(self.captions).encode()
 
 
 class CaptionTokens(NamedTuple):
@@ -75,7 +55,7 @@ class CaptionTokens(NamedTuple):
 
 def caption_tokens(split: CaptionSplit, max_text_len: int) -> CaptionTokens:
     """Tokenize all captions of a split; those over `max_text_len` are cut."""
-    tokens, mask = tokenize([text for texts in split.captions for text in texts], max_text_len)
+    tokens, mask = tokenize(split.texts, max_text_len)
     counts = torch.tensor([len(texts) for texts in split.captions])
     return CaptionTokens(tokens, mask, torch.arange(len(split)).repeat_interleave(counts))
 

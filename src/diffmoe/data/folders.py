@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from diffmoe.config import UserError, nearest
-from diffmoe.data.pictures import PICTURE_SUFFIXES
-from diffmoe.data.splits import SPLIT_ALIASES, EncodedSplit, check_one_alias
+from diffmoe.data.pictures import PICTURE_SUFFIXES, LazyImages, PictureSpec
+from diffmoe.data.splits import SPLIT_ALIASES, ClassesAndSplits, Split, check_one_alias
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,15 @@ class FolderSource:
                 )
         return digest.hexdigest()[:32]
 
-    def read(self, in_memory: bool) -> tuple[tuple[str, ...], dict[str, EncodedSplit]]:
+    def read(self, picture: PictureSpec, in_memory: bool) -> ClassesAndSplits:
         """Class names, and for each split its pictures and labels, int64 (N,). Files stay on disk either way."""
         class_names = tuple(self.classes["train"])
         splits = {}
         for split, classes in self.classes.items():
             names = tuple(name for names in classes.values() for name in names)
             labels = [class_names.index(label) for label, names in classes.items() for _ in names]
-            splits[split] = EncodedSplit(FilePictures(self.splits[split], names), torch.tensor(labels))
+            images = LazyImages.of(FilePictures(self.splits[split], names), picture)
+            splits[split] = Split(images, torch.tensor(labels))
         return class_names, splits
 
 

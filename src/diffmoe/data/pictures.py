@@ -31,6 +31,90 @@ _CHUNK_BYTES = 2**21
 """Decoded bytes that a worker hands over at once: shared memory is 64 MB in a default container."""
 
 
+EVALUATION_VALUES = 500 * 3 * 64 * 64
+"""Pixels times channels that are looked at at a time in evaluation; no result depends on it."""
+
+
+@dataclass(frozen=True)
+class PictureSpec:
+    """What a picture is to a model. Raises `UserError` for channels that no picture has."""
+
+    size: int
+    """Height and width in pixels."""
+    channels: int
+    """1 grey, 3 colour."""
+    mean: tuple[float, ...] = ()
+    """Of each channel over the training pictures, in [0, 1]; empty where they are not known yet."""
+    std: tuple[float, ...] = ()
+    """Likewise, the standard deviation."""
+
+    def __post_init__(self) -> None:
+        if self.channels not in (1, 3):
+            raise UserError(f"in_channels is {self.channels!r}: it must be 1 (grey) or 3 (colour) for pictures")
+
+    @property
+    def evaluation_batch(self) -> int:
+        """Pictures (or texts) at a time in evaluation: 500, and fewer of large ones."""
+        return max(1, min(500, EVALUATION_VALUES // (self.channels * self.size**2)))
+
+    def read(self, picture: str | Path | Image.Image) -> Tensor:
+        """A picture of any mode and size, at a path or PIL's, as uint8 (C, size, size).
+
+        Raises `UserError` naming the path where it is missing, no picture, corrupt or truncated.
+        """
+        if isinstance(picture, Image.Image):
+            return self.fit(picture.copy())
+        return self.decode(Path(picture), str(picture))
+
+    def decode(self, picture: bytes | Path, where: str) -> Tensor:
+        """An encoded picture as uint8 (C, size, size). Raises `UserError` naming `where` where that fails."""
+        try:
+            # Through bytes, not the path: PIL would leave the file of a damaged picture open.
+            encoded = picture.read_bytes() if isinstance(picture, Path) else picture
+            with Image.open(io.BytesIO(encoded)) as image:
+                # JPEG can decode straight to a half, a quarter or an eighth: no photograph is decoded at 20 times the
+                # size.
+                image.draft(None, (2 * self.size, 2 * self.size))
+                return self.fit(image)
+        except Image.UnidentifiedImageError as error:
+            raise UserError(f"{where} is not a picture: it must be a JPEG, PNG, WebP, ... file") from error
+        except Exception as error:  # on damaged files PIL raises a dozen types, SyntaxError among them
+            if isinstance(error, OSError) and error.strerror:
+                raise UserError(f"{where}: {error.strerror}: it must be a picture that can be read") from error
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(
+                f"{where} cannot be decoded ({reason}): replace it by a whole picture or remove it"
+            ) from error
+
+    def fit(self, image: Image.Image) -> Tensor:
+        """A PIL picture of any mode and size as uint8 (C, size, size): upright, on white, squashed to a square."""
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode == "F" or image.mode.startswith("I"):
+            image = _to_8_bit(image)
+        elif image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("L" if self.channels == 1 else "RGB")
+        if image.size != (self.size, self.size):
+            image = image.resize((self.size, self.size), Image.Resampling.BILINEAR)  # PIL's is antialiased
+        pixels = torch.from_numpy(np.array(image))
+        return pixels[None] if self.channels == 1 else pixels.permute(2, 0, 1)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Pictures, uint8 (..., C, H, W) -> float32 minus `mean` over `std`, those of each channel in [0, 1]."""
+        mean_C11, std_C11 = self._statistics(images.device)
+        return images.float().sub_(mean_C11 * 255).div_(std_C11 * 255)
+
+    def restore(self, images: Tensor) -> Tensor:
+        """Back again: normalised pictures (..., C, H, W) -> uint8, on the CPU."""
+        mean_C11, std_C11 = self._statistics(torch.device("cpu"))
+        return (255 * (images.cpu() * std_C11 + mean_C11)).round().clamp(0, 255).byte()
+
+    def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (self.mean, self.std))
+        return mean, std
+
+
 class Pictures(Protocol):
     """Pictures of one split, still encoded."""
 
@@ -55,13 +139,12 @@ class LazyImages:
 
     pictures: Pictures
     rows: Tensor  # int64 (N,), rows of `pictures`
-    img_size: int
-    in_channels: int
+    spec: PictureSpec
 
     @classmethod
-    def of(cls, pictures: Pictures, img_size: int, in_channels: int) -> LazyImages:
+    def of(cls, pictures: Pictures, spec: PictureSpec) -> LazyImages:
         """All of `pictures`."""
-        return cls(pictures, torch.arange(len(pictures)), img_size, in_channels)
+        return cls(pictures, torch.arange(len(pictures)), spec)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -69,14 +152,14 @@ class LazyImages:
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """(N, C, H, W)."""
-        return (len(self), self.in_channels, self.img_size, self.img_size)
+        return (len(self), self.spec.channels, self.spec.size, self.spec.size)
 
     def __getitem__(self, index: int | slice | list[int] | Tensor) -> Tensor:
         rows = self.rows[index]
         encoded = self.pictures.read(rows.reshape(-1).tolist())
         images = torch.empty(len(encoded), *self.shape[1:], dtype=torch.uint8)
         for image, row, picture in zip(images, rows.reshape(-1).tolist(), encoded, strict=True):
-            image.copy_(decode_picture(picture, self.pictures.where(row), self.img_size, self.in_channels))
+            image.copy_(self.spec.decode(picture, self.pictures.where(row)))
         return images.view(*rows.shape, *self.shape[1:])
 
     def subset(self, indices: Tensor) -> LazyImages:
@@ -107,7 +190,7 @@ class LazyImages:
         from tqdm import tqdm
 
         images = torch.empty(self.shape, dtype=torch.uint8)
-        chunk = max(1, _CHUNK_BYTES // (self.in_channels * self.img_size**2))
+        chunk = max(1, _CHUNK_BYTES // (self.spec.channels * self.spec.size**2))
         workers = min(8, available_cores()) if len(self) >= 4 * chunk else 0
         start = 0
         with tqdm(
@@ -136,54 +219,6 @@ class _Decoder(Dataset[Tensor | UserError]):
 def available_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def read_picture(path: str | Path, *, img_size: int, in_channels: int) -> Tensor:
-    """The picture at `path`, of any mode and size, as uint8 (C, img_size, img_size).
-
-    Raises `UserError` naming the path where it is missing, no picture, corrupt or truncated.
-    """
-    return decode_picture(Path(path), str(path), img_size, in_channels)
-
-
-def decode_picture(picture: bytes | Path, where: str, img_size: int, in_channels: int) -> Tensor:
-    """An encoded picture as uint8 (C, img_size, img_size). Raises `UserError` naming `where` where that fails."""
-    check_channels(in_channels)
-    try:
-        # Through bytes, not the path: PIL would leave the file of a damaged picture open.
-        encoded = picture.read_bytes() if isinstance(picture, Path) else picture
-        with Image.open(io.BytesIO(encoded)) as image:
-            # JPEG can decode straight to a half, a quarter or an eighth: no photograph is decoded at 20 times the size.
-            image.draft(None, (2 * img_size, 2 * img_size))
-            return to_tensor(image, img_size, in_channels)
-    except Image.UnidentifiedImageError as error:
-        raise UserError(f"{where} is not a picture: it must be a JPEG, PNG, WebP, ... file") from error
-    except Exception as error:  # on damaged files PIL raises a dozen types, SyntaxError among them
-        if isinstance(error, OSError) and error.strerror:
-            raise UserError(f"{where}: {error.strerror}: it must be a picture that can be read") from error
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{where} cannot be decoded ({reason}): replace it by a whole picture or remove it") from error
-
-
-def check_channels(in_channels: int) -> None:
-    """Raises `UserError` unless `in_channels` is 1 or 3."""
-    if in_channels not in (1, 3):
-        raise UserError(f"in_channels is {in_channels!r}: it must be 1 (grey) or 3 (colour) for pictures")
-
-
-def to_tensor(image: Image.Image, img_size: int, in_channels: int) -> Tensor:
-    """A PIL picture of any mode and size as uint8 (C, img_size, img_size): upright, on white, squashed to a square."""
-    ImageOps.exif_transpose(image, in_place=True)
-    if image.mode == "F" or image.mode.startswith("I"):
-        image = _to_8_bit(image)
-    elif image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("L" if in_channels == 1 else "RGB")
-    if image.size != (img_size, img_size):
-        image = image.resize((img_size, img_size), Image.Resampling.BILINEAR)  # PIL's is antialiased
-    pixels = torch.from_numpy(np.array(image))
-    return pixels[None] if in_channels == 1 else pixels.permute(2, 0, 1)
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:

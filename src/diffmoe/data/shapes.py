@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from diffmoe.data.captions import CaptionSplit
-from diffmoe.data.pictures import to_tensor
+from diffmoe.data.pictures import PictureSpec
 
 COLOURS = {
     "red": (214, 39, 40),
@@ -136,9 +136,9 @@ def captions_of(scene: Scene) -> tuple[str, ...]:
     )
 
 
-def draw(scene: Scene, img_size: int, in_channels: int) -> Tensor:
-    """The scene as uint8 (C, img_size, img_size)."""
-    side = img_size * OVERSAMPLING
+def draw(scene: Scene, spec: PictureSpec) -> Tensor:
+    """The scene as uint8 (C, size, size)."""
+    side = spec.size * OVERSAMPLING
     image = Image.new("RGB", (side, side), (scene.background,) * 3)
     pen = ImageDraw.Draw(image)
     for shape in scene.shapes:
@@ -155,15 +155,15 @@ def draw(scene: Scene, img_size: int, in_channels: int) -> Tensor:
         else:
             pen.rectangle((left, y - half / 3, right, y + half / 3), colour)
             pen.rectangle((x - half / 3, top, x + half / 3, bottom), colour)
-    return to_tensor(image, img_size, in_channels)
+    return spec.fit(image)
 
 
-def draw_splits(img_size: int, in_channels: int) -> dict[str, CaptionSplit]:
+def draw_splits(spec: PictureSpec) -> dict[str, CaptionSplit]:
     """All three splits."""
     splits = {}
     for name in SPLIT_SIZES:
         drawn = scenes(name)
-        images = torch.stack([draw(scene, img_size, in_channels) for scene in drawn])
+        images = torch.stack([draw(scene, spec) for scene in drawn])
         held_out = torch.tensor([scene.is_held_out for scene in drawn])
         splits[name] = CaptionSplit(images, tuple(map(captions_of, drawn)), held_out)
     return splits

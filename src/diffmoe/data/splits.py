@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from diffmoe.config import DataConfig, UserError
-from diffmoe.data.pictures import LazyImages, Pictures
+from diffmoe.data.pictures import LazyImages
 
 SPLIT_ALIASES = {
     "train": ("train",),
@@ -23,42 +24,62 @@ STATISTICS_SAMPLE = 5000
 """Pictures that the mean and deviation of a set read on demand are taken from."""
 
 
-class EncodedSplit(NamedTuple):
-    """What a source of labelled pictures gives: one split, not decoded yet."""
-
-    pictures: Pictures
-    labels: Tensor
-    """int64 (N,)."""
-
-
-class EncodedCaptions(NamedTuple):
-    """What a source of captioned pictures gives: one split, not decoded yet."""
-
-    pictures: Pictures
-    captions: tuple[tuple[str, ...], ...]
-    """For each picture its captions."""
-
-
 @dataclass(frozen=True)
-class Split:
-    """Pictures of one split."""
+class PictureSplit(ABC):
+    """Pictures of one split, and what is known of each of them.
+
+    Raises `ValueError` where the fields are not of as many pictures.
+    """
 
     images: Tensor | LazyImages
     """uint8 (N, C, H, W), in memory or decoded on demand."""
+
+    def __post_init__(self) -> None:
+        for name, values in vars(self).items():
+            if values is not None and len(values) != len(self):
+                raise ValueError(f"{len(self)} pictures but {len(values)} {name}")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def subset(self, indices: Tensor) -> Self:
+        """The pictures at `indices`, int64 (M,)."""
+        return type(self)(*(_at(values, indices) for values in vars(self).values()))
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """What people wrote of the pictures, one picture after the other."""
+        return ()
+
+    @abstractmethod
+    def groups(self, class_names: Sequence[str]) -> dict[str, Tensor]:
+        """(N,) bool, which pictures are of each class; all are of one group where there are no labels."""
+
+    @abstractmethod
+    def digest(self) -> bytes:
+        """What tells the labels or captions from others."""
+
+
+def _at(values: Any, indices: Tensor) -> Any:
+    if isinstance(values, LazyImages):
+        return values.subset(indices)
+    if values is None or isinstance(values, Tensor):
+        return None if values is None else values[indices]
+    return tuple(values[index] for index in indices.tolist())
+
+
+@dataclass(frozen=True)
+class Split(PictureSplit):
+    """Pictures with labels."""
+
     labels: Tensor
     """int64 (N,)."""
 
-    def __post_init__(self) -> None:
-        if len(self.images) != len(self.labels):
-            raise ValueError(f"{len(self.images)} pictures but {len(self.labels)} labels")
+    def groups(self, class_names: Sequence[str]) -> dict[str, Tensor]:
+        return {name: self.labels == label for label, name in enumerate(class_names)}
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def subset(self, indices: Tensor) -> Split:
-        """The pictures at `indices`, int64 (M,)."""
-        images = self.images.subset(indices) if isinstance(self.images, LazyImages) else self.images[indices]
-        return Split(images, self.labels[indices])
+    def digest(self) -> bytes:
+        return self.labels.numpy().tobytes()
 
 
 def check_one_alias(where: str, found: Sequence[str]) -> None:
@@ -83,34 +104,27 @@ def settings_without_effect(config: DataConfig, own_splits: Collection[str], in_
     return {name: reason for name, reason in reasons.items() if getattr(config, name) != getattr(DataConfig, name)}
 
 
-def hold_out(split: Split, fraction: float, seed: int, class_names: Sequence[str]) -> tuple[Split, Split]:
+ClassesAndSplits = tuple[tuple[str, ...], Mapping[str, PictureSplit]]
+"""Class names, none where there are captions, and the splits by name."""
+S = TypeVar("S", bound=PictureSplit)
+
+
+def hold_out(split: S, fraction: float, seed: int, class_names: Sequence[str]) -> tuple[S, S]:
     """The rest and the part held out: `fraction` of every class, at least one picture and never all of them.
 
     Both keep the split's order, and depend on its labels, `fraction` and `seed` alone.
-    Raises `UserError` where a class has a single picture.
+    Raises `UserError` where there is a single picture, of a class or in all.
     """
     # By hand: importing scikit-learn for it took 1.3 of the 3 s that a second start may take.
     shuffled = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
     held = torch.zeros(len(split), dtype=torch.bool)
-    for label, name in enumerate(class_names):
-        members = shuffled[split.labels[shuffled] == label]
+    for name, of_group in split.groups(class_names).items():
+        members = shuffled[of_group[shuffled]]
         if len(members) == 1:
-            raise UserError(f"class {name!r} has only 1 picture to train on: it must have 2 or more to hold some out")
+            where = f"class {name!r}" if name else "the set"
+            raise UserError(f"{where} has only 1 picture to train on: it must have 2 or more to hold some out")
         held[members[: min(max(1, round(len(members) * fraction)), len(members) - 1)]] = True
     return split.subset((~held).nonzero().flatten()), split.subset(held.nonzero().flatten())
-
-
-def hold_out_indices(count: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """The rest and the part held out of `count` pictures, int64, in order; by `fraction` and `seed` alone.
-
-    Raises `UserError` where there are fewer than 2.
-    """
-    if count < 2:
-        raise UserError(f"there is only {count} picture to train on: it takes 2 or more to hold some out")
-    held = torch.zeros(count, dtype=torch.bool)
-    shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    held[shuffled[: min(max(1, round(count * fraction)), count - 1)]] = True
-    return (~held).nonzero().flatten(), held.nonzero().flatten()
 
 
 def channel_statistics(

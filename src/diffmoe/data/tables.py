@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffmoe.config import UserError
-from diffmoe.data.captions import captions_in, check_captions
+from diffmoe.data.captions import CaptionSplit, captions_in, check_captions
 from diffmoe.data.hub import load_hub
 from diffmoe.data.labels import LABEL_COLUMN, FileLabels, encode_labels, listed_names
-from diffmoe.data.splits import SPLIT_ALIASES, EncodedCaptions, EncodedSplit, check_one_alias
+from diffmoe.data.pictures import LazyImages, PictureSpec
+from diffmoe.data.splits import SPLIT_ALIASES, ClassesAndSplits, Split, check_one_alias
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -122,19 +123,22 @@ class ParquetSource:
         """Changes with the files' content."""
         return _fingerprint(self.files)
 
-    def read(self, in_memory: bool) -> tuple[tuple[str, ...], dict[str, EncodedSplit]]:
-        """Class names, and for each split its pictures and labels, int64 (N,). Raises `UserError` naming a bad row."""
+    def read(self, picture: PictureSpec, in_memory: bool) -> ClassesAndSplits:
+        """Class names, and for each split its pictures and labels or captions. Raises `UserError` naming a bad row."""
+        if self.has_captions:
+            return (), self._read_captions(picture, in_memory)
         class_names, labels = encode_labels(
             {split: [_read_labels(path) for path in paths] for split, paths in self.files.items()}
         )
-        return class_names, {split: EncodedSplit(self._pictures(split, in_memory), labels[split]) for split in labels}
+        return class_names, {
+            split: Split(LazyImages.of(self._pictures(split, in_memory), picture), labels[split]) for split in labels
+        }
 
-    def read_captions(self, in_memory: bool) -> dict[str, EncodedCaptions]:
-        """For each split its pictures and their captions. Raises `UserError` naming a bad row."""
+    def _read_captions(self, picture: PictureSpec, in_memory: bool) -> dict[str, CaptionSplit]:
         splits = {}
         for split, paths in self.files.items():
             tables = [_read_columns(path, self.columns[split].captions) for path in paths]
-            splits[split] = _with_captions(self._pictures(split, in_memory), tables)
+            splits[split] = _with_captions(self._pictures(split, in_memory), picture, tables)
         return splits
 
     def _pictures(self, split: str, in_memory: bool) -> TablePictures:
@@ -175,20 +179,22 @@ class HubSource:
             {split: [Path(file["filename"]) for file in table.cache_files] for split, table in self.tables.items()}
         )
 
-    def read(self, in_memory: bool) -> tuple[tuple[str, ...], dict[str, EncodedSplit]]:
+    def read(self, picture: PictureSpec, in_memory: bool) -> ClassesAndSplits:
         """As `ParquetSource.read`; the tables stay memory-mapped either way."""
+        if self.has_captions:
+            return (), {
+                split: _with_captions(
+                    self._pictures(split), picture, [table.data.select(self._columns(split).captions)]
+                )
+                for split, table in self.tables.items()
+            }
         files = {}
         for split, table in self.tables.items():
             names = listed_names(table.features.arrow_schema)
             files[split] = [FileLabels(f"{self.name} {split}", table.data.column(LABEL_COLUMN), names)]
         class_names, labels = encode_labels(files)
-        return class_names, {split: EncodedSplit(self._pictures(split), labels[split]) for split in labels}
-
-    def read_captions(self, in_memory: bool) -> dict[str, EncodedCaptions]:
-        """As `ParquetSource.read_captions`; the tables stay memory-mapped either way."""
-        return {
-            split: _with_captions(self._pictures(split), [table.data.select(self._columns(split).captions)])
-            for split, table in self.tables.items()
+        return class_names, {
+            split: Split(LazyImages.of(self._pictures(split), picture), labels[split]) for split in labels
         }
 
     @property
@@ -295,12 +301,12 @@ def _map_pictures(paths: list[Path], column: str) -> Dataset:
     return table
 
 
-def _with_captions(pictures: TablePictures, tables: Iterable[pa.Table]) -> EncodedCaptions:
+def _with_captions(pictures: TablePictures, picture: PictureSpec, tables: Iterable[pa.Table]) -> CaptionSplit:
     """Pictures with the captions in the rows of tables that follow one another. Raises `UserError` naming a bad row."""
     rows = itertools.chain.from_iterable(zip(*(c.to_pylist() for c in table.columns), strict=True) for table in tables)
     captions = tuple(tuple(captions_in(cells)) for cells in rows)
     check_captions(captions, pictures.where)
-    return EncodedCaptions(pictures, captions)
+    return CaptionSplit(LazyImages.of(pictures, picture), captions)
 
 
 def _one_line(error: Exception) -> str:

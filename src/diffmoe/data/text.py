@@ -17,12 +17,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from diffmoe.config import END_ID, START_ID, VOCAB_SIZE
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-VOCAB_SIZE = 49408
-START_ID = 49406
-END_ID = 49407
 
 _MERGES = VOCAB_SIZE - 2 * 256 - 2
 """The file has more: CLIP leaves room for each byte, each byte at a word's end, and the two special tokens."""

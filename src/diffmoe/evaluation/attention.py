@@ -1,6 +1,6 @@
 """Where a model looked: attention over the patches of pictures, summed up.
 
-The maps are those of `model(images, need_weights=True)["attention"]`, of a classifier or a captioner.
+The maps are those of `model.run(batch, need_weights=True).attention`, of any head.
 Shapes: B pictures, N patches, T tokens of a caption, W words, S tokens of a context, C classes, H heads, D width.
 """
 
@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffmoe.data import detokenize
-from diffmoe.data.text import END_ID
-from diffmoe.model.captioner import Captioner
+from diffmoe.config import END_ID
+from diffmoe.data.text import detokenize
 from diffmoe.model.encoders import AttentionMap
-from diffmoe.model.features import TextFeatures
-from diffmoe.model.heads import ImageClassifier
+from diffmoe.model.heads import Head
 from diffmoe.model.layers import evaluating
+from diffmoe.model.outputs import TextFeatures
 
 
 def image_maps(maps: Sequence[AttentionMap]) -> tuple[AttentionMap, ...]:
@@ -112,7 +111,7 @@ def _cross_attention(maps: Sequence[AttentionMap]) -> Tensor:
     return torch.stack(crossing).mean(0)
 
 
-def patch_similarity(model: ImageClassifier | Captioner, images: Tensor, classes: TextFeatures) -> Tensor:
+def patch_similarity(model: Head, images: Tensor, classes: TextFeatures) -> Tensor:
     """The cosine of each patch's feature with each class description, in the space they share; (B, C, N), -1 to 1.
 
     The picture's embedding is the direction of the mean of the same projected features, so a class that the zero-shot

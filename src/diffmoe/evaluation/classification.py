@@ -5,17 +5,18 @@ Shapes: N pictures, B pictures of one batch, C classes, S bins of confidence.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from diffmoe.config import UserError
-from diffmoe.model.layers import evaluating
+from diffmoe.evaluation.passes import Autocast, Kept, finite_or_told, run_over
+from diffmoe.model.heads import Head
+from diffmoe.model.outputs import ClassifierOutput
 
 CALIBRATION_BINS = 15
 """Equal bins of confidence, as in Guo et al. 2017."""
@@ -47,44 +48,36 @@ class Predictions:
         return self.logits.argmax(dim=1)
 
 
-@contextmanager
-def finite_or_told() -> Iterator[None]:
-    """What is not a number in a model's outputs, which its routers report too, as a `UserError`."""
-    try:
-        yield
-    except FloatingPointError as error:
-        message = "the model's outputs are not finite: its training diverged; train it with a lower lr"
-        raise UserError(message) from error
+def take_predictions(batch: Sequence[Tensor], output: ClassifierOutput) -> tuple[Tensor, ...]:
+    """For `Kept`: what `as_predictions` wants of a batch."""
+    logits = (output.logits, output.zero_shot_logits)
+    return (batch[1], *(tensor.float() for tensor in logits if tensor is not None))
 
 
-def predict(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], **constants: Any) -> Predictions:
-    """Run `model` once over `batches`, without gradients and in evaluation mode.
-
-    `batches` yields images (B, ch, H, W), normalised and on the model's device, and labels (B,) int64. `model(images)`
-    returns a mapping with `logits` (B, C) and, where it has class descriptions, `zero_shot_logits` (B, C). The
-    `constants` go with every batch: `classes=features`, say, so that descriptions are not encoded anew for each.
-
-    Raises `ValueError` where there are no batches, `UserError` where a logit is not finite: the model diverged, and a
-    metric of such logits would look like one.
-    """
-    logits: list[Tensor] = []
-    labels: list[Tensor] = []
-    zero_shot: list[Tensor] = []
-    with evaluating(model), finite_or_told(), torch.inference_mode():
-        for images, targets in batches:
-            outputs = model(images, **constants)
-            logits.append(outputs["logits"].float().cpu())
-            labels.append(targets.cpu())
-            if (similarity := outputs.get("zero_shot_logits")) is not None:
-                zero_shot.append(similarity.float().cpu())
-    if not logits:
-        raise ValueError("there are no pictures to predict")
-    # Concatenated outside inference mode, so that the results are ordinary tensors.
-    predictions = Predictions(torch.cat(logits), torch.cat(labels), torch.cat(zero_shot) if zero_shot else None)
+def as_predictions(kept: Kept) -> Predictions:
+    """Of all batches so far. Raises `UserError` where a logit is not finite."""
+    labels, *logits = kept.tensors()
+    predictions = Predictions(logits[0], labels, *logits[1:])
     with finite_or_told():
         if not predictions.logits.isfinite().all():
             raise FloatingPointError
     return predictions
+
+
+def predict(
+    model: Head,
+    batches: Iterable[Sequence[Tensor]],
+    autocast: Autocast = nullcontext,
+    constants: dict[str, Any] | None = None,
+) -> Predictions:
+    """Run a classifier once over `batches`: pictures (B, ch, H, W), normalised and on its device, labels (B,) int64.
+
+    Raises `ValueError` where there are no batches, `UserError` where a logit is not finite: the model diverged, and a
+    metric of such logits would look like one.
+    """
+    kept = Kept(take_predictions)
+    run_over(model, batches, kept, autocast=autocast, constants=constants)
+    return as_predictions(kept)
 
 
 def classification_metrics(

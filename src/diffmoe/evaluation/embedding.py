@@ -5,14 +5,14 @@ Shapes: N pictures, B pictures of one batch, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffmoe.evaluation.classification import finite_or_told
-from diffmoe.model.layers import evaluating
+from diffmoe.evaluation.passes import Kept, finite_or_told, run_over
+from diffmoe.model.heads import Head
 
 MOST_POINTS = 2000
 """`project` takes seconds for so many, and its time grows faster than their number."""
@@ -24,25 +24,20 @@ COMPONENTS = 50
 """Of the PCA before t-SNE, as in van der Maaten and Hinton 2008, section 4.1."""
 
 
-def embed(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], **constants: Any) -> tuple[Tensor, Tensor]:
+def embed(
+    model: Head, batches: Iterable[Sequence[Tensor]], constants: dict[str, Any] | None = None
+) -> tuple[Tensor, Tensor]:
     """The embeddings that the model classifies, float32 (N, D), and the labels, int64 (N,), on the CPU.
 
-    `batches` and `constants` as for `predict`. Raises `ValueError` where there are no batches, `UserError` where an
-    embedding is not finite.
+    Raises `ValueError` where there are no batches, `UserError` where an embedding is not finite.
     """
-    embeddings: list[Tensor] = []
-    labels: list[Tensor] = []
-    with evaluating(model), finite_or_told(), torch.inference_mode():
-        for images, targets in batches:
-            embeddings.append(model(images, **constants)["embedding"].float().cpu())
-            labels.append(targets.cpu())
-    if not embeddings:
-        raise ValueError("there are no pictures to embed")
-    found = torch.cat(embeddings)
+    kept = Kept(lambda batch, output: (output.embedding.float(), batch[1]))
+    run_over(model, batches, kept, constants=constants)
+    embeddings, labels = kept.tensors()
     with finite_or_told():
-        if not found.isfinite().all():
+        if not embeddings.isfinite().all():
             raise FloatingPointError
-    return found, torch.cat(labels)
+    return embeddings, labels
 
 
 def sample(count: int, seed: int, most: int = MOST_POINTS) -> Tensor:

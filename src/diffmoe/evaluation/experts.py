@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffmoe.evaluation.classification import Predictions, finite_or_told, predict
-from diffmoe.model.captioner import Captioner
-from diffmoe.model.layers import evaluating
-from diffmoe.model.moe import Routing
+from diffmoe.evaluation.passes import Autocast, run_over
+from diffmoe.model.heads import Head
+from diffmoe.model.outputs import Output
+from diffmoe.model.routers import Routing
 
 
 @dataclass(frozen=True)
@@ -68,63 +69,41 @@ class BlockRouting:
 _TENSORS = ("expert_ids", "gates", "confidence", "entropy")
 
 
-@dataclass(frozen=True)
-class ExpertTrace:
-    """One pass of a model over pictures: where every token went, and what was predicted."""
+class RoutingCollector:
+    """Keeps where every token went: image tower, text tower, fusion; nothing where the model is dense."""
 
-    blocks: tuple[BlockRouting, ...]
-    """One a routed block: image tower, text tower, fusion. Empty where the model is dense. A captioner's text and
-    fusion blocks have the N captions; a classifier's text blocks the descriptions of its classes, its fusion blocks
-    the N pictures."""
-    labels: Tensor | None
-    """(N,) int64; None for a captioner."""
-    predictions: Predictions | None
-    """None for a captioner."""
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, int], list[BlockRouting]] = {}
+        self._last: dict[tuple[str, int], Routing] = {}
 
-    def at(self, place: str) -> tuple[BlockRouting, ...]:
-        """The blocks of a place: image, text or fusion."""
-        return tuple(block for block in self.blocks if block.place == place)
-
-
-def trace_experts(model: nn.Module, batches: Iterable[Any], **constants: Any) -> ExpertTrace:
-    """Run `model` once over `batches`, as `predict` does, and keep its routing.
-
-    `batches` and `constants` are those of `predict` for a classifier; a captioner's batches are images, tokens, mask.
-    Raises `ValueError` where there are no batches, `UserError` where an output is not finite.
-    """
-    recorder = _Recorder(model)
-    if not isinstance(model, Captioner):
-        predictions = predict(recorder, batches, **constants)
-        return ExpertTrace(recorder.blocks(), predictions.labels, predictions)
-    with evaluating(model), finite_or_told(), torch.inference_mode():
-        for images, tokens, mask in batches:
-            recorder(images, tokens, mask, need_logits=False)
-    if not recorder.num_batches:
-        raise ValueError("there are no pictures to trace")
-    return ExpertTrace(recorder.blocks(), None, None)
-
-
-class _Recorder(nn.Module):
-    """Calls the model and keeps the routing that it returns."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.num_batches = 0
-        self.kept: dict[tuple[str, int], list[BlockRouting]] = {}
-
-    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        out = self.model(*args, **kwargs)
-        self.num_batches += 1
-        for routing in out["routing"]:
-            of_block = self.kept.setdefault((routing.place, routing.layer), [])
-            # A classifier's texts are the descriptions of its classes, the same with every batch: they count once.
-            if routing.place != "text" or isinstance(self.model, Captioner) or not of_block:
-                of_block.append(BlockRouting.of(routing))
-        return out
+    def add(self, batch: Sequence[Tensor], output: Output) -> None:
+        for routing in output.routing:
+            place = (routing.place, routing.layer)
+            # A classifier's descriptions are read once for all batches, and then come back with each: they count once.
+            if routing is not self._last.get(place):
+                self._kept.setdefault(place, []).append(BlockRouting.of(routing))
+            self._last[place] = routing
 
     def blocks(self) -> tuple[BlockRouting, ...]:
-        return tuple(_join(parts) for parts in self.kept.values())
+        """One a routed block. A captioner's text and fusion blocks have the N captions; a classifier's text blocks the
+        descriptions of its classes, its fusion blocks the N pictures.
+        """
+        return tuple(_join(parts) for parts in self._kept.values())
+
+
+def trace_experts(
+    model: Head,
+    batches: Iterable[Sequence[Tensor]],
+    autocast: Autocast = nullcontext,
+    constants: dict[str, Any] | None = None,
+) -> tuple[BlockRouting, ...]:
+    """Run `model` once over `batches` and keep its routing, as `RoutingCollector` has it.
+
+    Raises `ValueError` where there are no batches, `UserError` where an output is not finite.
+    """
+    collector = RoutingCollector()
+    run_over(model, batches, collector, autocast=autocast, constants=constants)
+    return collector.blocks()
 
 
 def _join(parts: Sequence[BlockRouting]) -> BlockRouting:

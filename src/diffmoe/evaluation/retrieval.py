@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffmoe.model.layers import full_precision
+
 RECALL_AT = (1, 5, 10)
 
 
@@ -30,7 +32,8 @@ def retrieval_metrics(image_embeddings: Tensor, text_embeddings: Tensor, image_o
         i2t_r1, i2t_r5, i2t_r10, t2i_r1, t2i_r5, t2i_r10 from 0 to 1; i2t_median_rank, t2i_median_rank from 1.
     """
     images, texts = F.normalize(image_embeddings.float(), dim=-1), F.normalize(text_embeddings.float(), dim=-1)
-    similarity_IM = images @ texts.T
+    with full_precision(images):  # in bfloat16 whole galleries are equally similar, and equals count as misses
+        similarity_IM = images @ texts.T
     own_IM = image_of_text == torch.arange(len(images), device=image_of_text.device)[:, None]
     if not own_IM.any(1).all():
         raise ValueError(f"picture {int((~own_IM.any(1)).nonzero()[0])} has no text")

@@ -7,28 +7,28 @@ R captions being written.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffmoe.config import GenerationConfig, ModelConfig, UserError, nearest
-from diffmoe.model.cache import CaptionCache
-from diffmoe.model.encoders import Encoded
-from diffmoe.model.features import ImageFeatures, TextFeatures
+from diffmoe.config import END_ID, START_ID, GenerationConfig, ModelConfig, UserError, nearest
 from diffmoe.model.generation import Generated, check_generation, search
+from diffmoe.model.heads import Head, Score
 from diffmoe.model.layers import evaluating
 from diffmoe.model.multimodal import MultiModalMoE
+from diffmoe.model.outputs import CaptionerOutput
+from diffmoe.model.routers import router_kind
+from diffmoe.model.sequence import CaptionCache, Context, TokenSequence
 
-START_ID, END_ID = 49406, 49407
-"""The tokenizer's special tokens, and the last ids of its table."""
 PADDING_ID = 0
 ROWS_MULTIPLE = 64
 """Products over the vocabulary get a multiple of so many rows: oneDNN builds a kernel for every new shape."""
 
 
-class Captioner(nn.Module):
+class Captioner(Head):
     """Image captioner: the causal text tower, fused with the picture, to a language-model head tied to the embedding.
 
     A token never sees the future: the fusion's context is the image tower's output, which never reads the text.
@@ -43,7 +43,11 @@ class Captioner(nn.Module):
 
     Raises:
         ValueError: without a fusion, or where output_tokens are not what they must be.
+        UserError: where the router would look at tokens that are not written yet.
     """
+
+    kind = "captioner"
+    decides_in = frozenset({"image", "text", "fusion"})
 
     output_tokens: Tensor
     _column: Tensor
@@ -52,6 +56,11 @@ class Captioner(nn.Module):
         super().__init__()
         if config.fusion_layers < 1:
             raise ValueError("fusion_layers is 0: a captioner needs at least 1, in which the text reads the picture")
+        if not (config.dense or router_kind(config.router).causal):
+            raise UserError(
+                f"router is {config.router!r}: it looks at all tokens of a text at once, and a caption must not see "
+                "its own future; captions need a causal one"
+            )
         if output_tokens is None:
             output_tokens = torch.arange(config.vocab_size)
         _check_output_tokens(output_tokens, config.vocab_size)
@@ -74,6 +83,21 @@ class Captioner(nn.Module):
         need_weights: bool = False,
         need_logits: bool = True,
     ) -> dict[str, Any]:
+        """As `read` with its losses, as a dict: what `MultiModalMoE` returns, with embedding (B, D) the picture's
+        pooled features (no text in them), fused_features (B, T, D) the caption's tokens after reading the picture,
+        caption_features (B, T, P) and logits (B, T, V), at t those of token t + 1; column v is for output_tokens[v].
+        """
+        return self.read(images, text_tokens, attention_mask, need_weights, need_logits, need_losses=True).as_dict()
+
+    def read(
+        self,
+        images: Tensor,
+        text_tokens: Tensor,
+        attention_mask: Tensor | None = None,
+        need_weights: bool = False,
+        need_logits: bool = False,
+        need_losses: bool = False,
+    ) -> CaptionerOutput:
         """Pictures, each with its own text.
 
         Args:
@@ -81,37 +105,25 @@ class Captioner(nn.Module):
             text_tokens: (B, T) int64, row b the caption of picture b, start and end included.
             attention_mask: (B, T), 1 at real tokens; None when all are.
             need_weights: also return the attention maps.
-            need_logits: `caption_loss` needs no logits, and computes fewer.
-
-        Returns:
-            What `MultiModalMoE` returns, with embedding (B, D) the picture's pooled features (no text in them),
-            fused_features (B, T, D) the caption's tokens after reading the picture, caption_features (B, T, P) and
-            logits (B, T, V), at t those of token t + 1; column v is for the id output_tokens[v].
+            need_logits: also compute the logits; `caption_loss` needs none, and computes fewer.
+            need_losses: also compute the model's own losses.
         """
-        image, text, fused = self._encode(images, text_tokens, attention_mask, need_weights)
-        out = self.backbone.assemble(image, text, fused, paired=True)
-        out["embedding"] = image.pooled
-        out["caption_features"] = self.output_projection(fused.features)
-        if need_logits:
-            out["logits"] = self.logits(out["caption_features"])
-        return out
-
-    def read(
-        self, images: Tensor, text_tokens: Tensor, attention_mask: Tensor | None = None
-    ) -> tuple[ImageFeatures, TextFeatures, Tensor]:
-        """Pictures, their captions, and caption_features, as in `forward`, without its losses."""
-        image, text, fused = self._encode(images, text_tokens, attention_mask)
-        return image, text, self.output_projection(fused.features)
-
-    def _encode(
-        self, images: Tensor, text_tokens: Tensor, attention_mask: Tensor | None, need_weights: bool = False
-    ) -> tuple[ImageFeatures, TextFeatures, Encoded]:
         image = self.backbone.image_features(images, need_weights)
         text = self.backbone.text_features(text_tokens, attention_mask, need_weights)
-        fused = self.backbone.fuse(
-            text.features, image.features, query_mask=text.mask, causal=True, need_weights=need_weights
+        query = TokenSequence(text.features, text.mask, causal=True)
+        fused = self.backbone.fuse(query, Context(image.features), need_weights)
+        features = self.output_projection(fused.features)
+        out = CaptionerOutput(
+            embedding=image.pooled,
+            image=image,
+            text=text,
+            fused=fused,
+            caption_features=features,
+            logits=self.logits(features) if need_logits else None,
         )
-        return image, text, fused
+        if not need_losses:
+            return out
+        return dataclasses.replace(out, losses=self.backbone.losses(out.routing, image, text, paired=True))
 
     def output_embedding(self) -> Tensor:
         """(V, P), the rows of the text embedding that captions are written with."""
@@ -124,33 +136,62 @@ class Captioner(nn.Module):
         """(..., P) -> (..., V); the embedding of all tokens to write may be handed in, to gather it once only."""
         embedding = self.output_embedding() if output_embedding is None else output_embedding
         # Added in place: F.linear would begin with a copy of the bias for every row, V columns wide.
-        return F.linear(caption_features, embedding).add_(self.output_bias)
+        return F.linear(caption_features.to(embedding.dtype), embedding).add_(self.output_bias)
+
+    @classmethod
+    def restore(cls, config: ModelConfig, state: Mapping[str, Tensor]) -> Self:
+        return cls(config, state["output_tokens"])
+
+    def like(self, config: ModelConfig) -> Self:
+        return type(self)(config, self.output_tokens.cpu())
+
+    def run(
+        self, batch: Sequence[Tensor], *, need_weights: bool = False, need_losses: bool = False, **constants: Any
+    ) -> CaptionerOutput:
+        """Pictures (B, C, H, W), their captions (B, T) int64 and the captions' mask (B, T)."""
+        images, tokens, mask = batch
+        return self.read(images, tokens, mask, need_weights=need_weights, need_losses=need_losses, **constants)
+
+    def answer(self, batch: Sequence[Tensor], **constants: Any) -> CaptionerOutput:
+        """As `Head` says: with the logits of all tokens."""
+        images, tokens, mask = batch
+        return self.read(images, tokens, mask, need_logits=True, **constants)
+
+    def num_targets(self, batch: Sequence[Tensor]) -> Tensor:
+        """Tokens that come next and can be written, the captions' ends among them: int64 scalar."""
+        _, tokens, mask = batch
+        return (self._targets(tokens, mask) >= 0).sum()
+
+    def score(self, batch: Sequence[Tensor], output: CaptionerOutput, label_smoothing: float = 0.0) -> Score:
+        """Of the next token; as `caption_loss`."""
+        _, tokens, mask = batch
+        return self.caption_loss(output.caption_features, tokens, mask, label_smoothing)
+
+    def _targets(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, T - 1) columns of the tokens that come next; -1 where there is none, or none that can be written."""
+        targets = self._column[tokens[:, 1:]]
+        return targets if mask is None else targets.masked_fill(~mask[:, 1:].bool(), -1)
 
     def caption_loss(
         self, features: Tensor, tokens: Tensor, mask: Tensor | None = None, label_smoothing: float = 0.0
-    ) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of the next token in nats, and its accuracy: means over real targets, the end included.
+    ) -> Score:
+        """Cross-entropy of the next token, and its accuracy: means over real targets, the end included.
 
         Args:
             features: (B, T, P), `forward`'s caption_features.
             tokens: (B, T) int64.
             mask: (B, T), 1 at real tokens; None when all are.
             label_smoothing: probability mass spread evenly over the V tokens.
-
-        Returns:
-            Two scalars; 0 where there is no target.
         """
-        targets = self._column[tokens[:, 1:]]
-        if mask is not None:
-            targets = targets.masked_fill(~mask[:, 1:].bool(), -1)
+        targets = self._targets(tokens, mask).flatten()
         # The product with V rows is half of all the work: only where there is a target.
-        rows = (targets.flatten() >= 0).nonzero().squeeze(1)
+        rows = (targets >= 0).nonzero().squeeze(1)
         padding = -len(rows) % ROWS_MULTIPLE
-        targets = F.pad(targets.flatten()[rows], (0, padding), value=-1)
+        targets = F.pad(targets[rows], (0, padding), value=-1)
         logits = self.logits(features[:, :-1].flatten(0, 1)[F.pad(rows, (0, padding))]).float()
         count = max(len(rows), 1)
         loss = F.cross_entropy(logits, targets, ignore_index=-1, label_smoothing=label_smoothing, reduction="sum")
-        return loss / count, (logits.argmax(-1) == targets).sum() / count
+        return Score(loss / count, (logits.argmax(-1) == targets).sum() / count, len(rows))
 
     def generate(
         self,
@@ -212,13 +253,14 @@ class Captioner(nn.Module):
     def next_log_probs(
         self,
         tokens: Tensor,
-        image_features: Tensor | None,
-        cache: CaptionCache | None,
+        context: Context,
+        cache: CaptionCache | None = None,
         output_embedding: Tensor | None = None,
     ) -> Tensor:
         """Log-probabilities (R, V) of the token after (R, T) tokens; with a cache, tokens are those after its own."""
         text = self.backbone.read_tokens(tokens, cache=cache)
-        fused = self.backbone.fuse(text.features, image_features, causal=True, cache=cache)
+        query = TokenSequence(text.features, causal=True, past=None if cache is None else cache.fusion)
+        fused = self.backbone.fuse(query, context)
         features = self.output_projection(fused.features[:, -1])
         return self.logits(features, output_embedding).float().log_softmax(-1)
 
@@ -238,11 +280,10 @@ class _Decoder:
     def step(self, columns: Tensor) -> Tensor:
         """Columns (R, t) of the t tokens after the start -> log-probabilities of the next one (R, V)."""
         tokens = F.pad(self.model.output_tokens[columns], (1, 0), value=START_ID)
+        context = Context(self.image_features)
         if self.cache is not None:
-            new = tokens[:, self.cache.length :]
-            log_probs = self.model.next_log_probs(new, None, self.cache, self.output_embedding)
-        else:
-            log_probs = self.model.next_log_probs(tokens, self.image_features, None, self.output_embedding)
+            tokens, context = tokens[:, self.cache.length :], self.cache.pictures
+        log_probs = self.model.next_log_probs(tokens, context, self.cache, self.output_embedding)
         return log_probs.index_fill_(1, self.unwritable, float("-inf"))
 
     def select(self, rows: Tensor) -> None:
@@ -251,8 +292,8 @@ class _Decoder:
             self.cache.select(rows)
 
     def keep(self, rows: Tensor, pictures: Tensor) -> None:
-        """Go on with these captions and pictures only."""
-        self.image_features = self.image_features.index_select(0, pictures)
+        """Go on with these captions and these pictures only, the captions' own."""
+        self.image_features = self.image_features[pictures]
         if self.cache is not None:
             self.cache.keep(rows, pictures)
 

@@ -5,9 +5,6 @@ Shapes: B batch, N tokens of the sequence itself, S tokens of the context, D wid
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,9 +12,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffmoe.config import ModelConfig
-from diffmoe.model.cache import CaptionCache, KeyValues
 from diffmoe.model.layers import Attention, Expert
-from diffmoe.model.moe import GeneralExperts, Routing
+from diffmoe.model.moe import GeneralExperts
+from diffmoe.model.routers import Routing, at
+from diffmoe.model.sequence import Context, TokenSequence
 
 Place = Literal["image", "text", "fusion"]
 
@@ -82,38 +80,20 @@ class UnifiedModalEncoder(nn.Module):
                 config.num_general_experts,
                 config.top_k,
                 config.expansion_factor,
+                router=config.router,
                 router_noise=config.router_noise,
                 backend=config.expert_backend,
                 **shared,
             )
 
-    def forward(
-        self,
-        x: Tensor,
-        mask: Tensor | None = None,
-        causal: bool = False,
-        need_weights: bool = False,
-        past: KeyValues | None = None,
-    ) -> BlockOutput:
-        """One block.
-
-        Args:
-            x: (B, N, D).
-            mask: (B, N) bool, True at real tokens.
-            causal: a token sees itself and the past only.
-            need_weights: also return the attention map.
-            past: of the tokens before x, for its attention.
-
-        Returns:
-            (B, N, D); the `Routing`, None where dense; the attention map, none where not asked for.
-        """
-        attended, weights = self.attention(
-            self.attention_norm(x), mask=mask, causal=causal, need_weights=need_weights, past=past
-        )
-        x = x + attended
+    def forward(self, sequence: TokenSequence, need_weights: bool = False) -> BlockOutput:
+        """One block: (B, N, D); the `Routing`, None where dense; the attention map, none where not asked for."""
+        past = None if sequence.past is None else sequence.past[self.layer]
+        attended, weights = self.attention(sequence.at(self.attention_norm(sequence.tokens)), past, need_weights)
+        x = sequence.tokens + attended
         if isinstance(self.general_experts, GeneralExperts):
-            routed, routing = self.general_experts(x, mask)
-            routing = dataclasses.replace(routing, place=self.place, layer=self.layer)
+            routed, routing = self.general_experts(x, sequence.mask)
+            routing = at(routing, self.place, self.layer)
         else:
             routed, routing = self.general_experts(x), None
         out = x + self.global_expert(x) + routed
@@ -130,48 +110,45 @@ class _Stack(nn.Module):
         super().__init__()
         self.use_gradient_checkpointing = config.use_gradient_checkpointing
 
-    def run(self, layers: nn.ModuleList, x: Tensor, *args: Any, caches: Iterable[tuple[Any, ...]] | None) -> Encoded:
-        """`x` through `layers`, each called with (x, *args, *its own cache)."""
+    def run(self, layers: nn.ModuleList, sequence: TokenSequence, *args: Any) -> Encoded:
+        """The sequence through `layers`, each called with (sequence, *args)."""
         routings: list[Routing] = []
         maps: list[AttentionMap] = []
-        for layer, cache in zip(layers, itertools.repeat(()) if caches is None else caches, strict=False):
+        for layer in layers:
             if self.use_gradient_checkpointing and self.training:
-                x, routing, attention = checkpoint(layer, x, *args, *cache, use_reentrant=False)
+                x, routing, attention = checkpoint(layer, sequence, *args, use_reentrant=False)
             else:
-                x, routing, attention = layer(x, *args, *cache)
+                x, routing, attention = layer(sequence, *args)
+            sequence = sequence.at(x)
             routings += [] if routing is None else [routing]
             maps += attention
-        return Encoded(x, tuple(routings), tuple(maps))
+        return Encoded(sequence.tokens, tuple(routings), tuple(maps))
 
 
 class _Tower(_Stack):
     """A stack of blocks of one place."""
 
-    def __init__(self, config: ModelConfig, place: Place, num_layers: int, causal: bool) -> None:
+    def __init__(self, config: ModelConfig, place: Place, num_layers: int) -> None:
         super().__init__(config)
         self.blocks = nn.ModuleList(UnifiedModalEncoder(config, place, layer) for layer in range(num_layers))
-        self.causal = causal
 
-    def forward(
-        self, x: Tensor, mask: Tensor | None = None, need_weights: bool = False, cache: CaptionCache | None = None
-    ) -> Encoded:
-        """(B, N, D), and mask (B, N) True at real tokens -> `Encoded`; with a cache, x are the tokens after its own."""
-        caches = None if cache is None else zip(cache.text, strict=True)
-        return self.run(self.blocks, x, mask, self.causal, need_weights, caches=caches)
+    def forward(self, sequence: TokenSequence, need_weights: bool = False) -> Encoded:
+        """Through all blocks; with a past, the tokens are those that come after it."""
+        return self.run(self.blocks, sequence, need_weights)
 
 
 class ImageEncoder(_Tower):
     """Image tower: a stack of blocks over patch tokens, each of which sees all others."""
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config, "image", config.img_encoder_layers, causal=False)
+        super().__init__(config, "image", config.img_encoder_layers)
 
 
 class TextEncoder(_Tower):
-    """Text tower: a stack of causal blocks, as in CLIP and CoCa, so that it serves contrast and captioning alike."""
+    """Text tower: a stack of blocks for causal sequences, as in CLIP and CoCa: it serves contrast and captioning."""
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config, "text", config.text_encoder_layers, causal=True)
+        super().__init__(config, "text", config.text_encoder_layers)
 
 
 class FusionLayer(nn.Module):
@@ -188,31 +165,20 @@ class FusionLayer(nn.Module):
         """What the cross-attention needs of its context (B, S, D), whatever the query: (B, H, S, D / H) each."""
         return self.cross_attention.keys_values(self.context_norm(context))
 
-    def forward(
-        self,
-        query: Tensor,
-        context: Tensor | None,
-        query_mask: Tensor | None = None,
-        context_mask: Tensor | None = None,
-        causal: bool = False,
-        need_weights: bool = False,
-        past: KeyValues | None = None,
-        context_keys_values: tuple[Tensor, Tensor] | None = None,
-    ) -> BlockOutput:
-        """(B, N, D) on (B, S, D) -> (B, N, D), `Routing`, maps of the cross- and the self-attention.
-
-        `context_keys_values` spares computing them; the context itself is not read then.
-        """
-        if context_keys_values is None:
-            assert context is not None
-            context_keys_values = self.context_keys_values(context)
-        allowed = None if context_mask is None else context_mask[:, None, None, :].bool()
+    def forward(self, query: TokenSequence, context: Context, need_weights: bool = False) -> BlockOutput:
+        """(B, N, D) on (B, S, D) -> (B, N, D), `Routing`, maps of the cross- and the self-attention."""
+        keys_values = context.keys_values
+        keys, values = (
+            self.context_keys_values(context.tokens) if keys_values is None else keys_values[self.block.layer]
+        )
+        allowed = None if context.mask is None else context.mask[:, None, None, :].bool()
         # Neighbouring rows of the query may share one row of the context: nothing is causal here, so they are one row.
-        normed, num_contexts = self.query_norm(query), len(context_keys_values[0])
-        if len(query) != num_contexts:
-            normed = normed.reshape(num_contexts, -1, query.shape[-1])
-        attended, weights = self.cross_attention.attend(normed, *context_keys_values, allowed, need_weights)
-        x, routing, maps = self.block(query + attended.view_as(query), query_mask, causal, need_weights, past)
+        tokens = query.tokens
+        normed, num_contexts = self.query_norm(tokens), len(keys)
+        if len(tokens) != num_contexts:
+            normed = normed.reshape(num_contexts, -1, tokens.shape[-1])
+        attended, weights = self.cross_attention.attend(normed, keys, values, allowed, need_weights)
+        x, routing, maps = self.block(query.at(tokens + attended.view_as(tokens)), need_weights)
         if weights is not None:
             maps = (AttentionMap(weights, "fusion", self.block.layer, cross=True), *maps)
         return x, routing, maps
@@ -228,33 +194,13 @@ class CrossModalFusion(_Stack):
         super().__init__(config)
         self.layers = nn.ModuleList(FusionLayer(config, layer) for layer in range(config.fusion_layers))
 
-    def context_keys_values(self, context: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """What each layer's cross-attention needs of the context (B, S, D), whatever the query."""
+    def prepare(self, context: Tensor) -> Context:
+        """A context (B, S, D) that is read again and again: with what each layer's cross-attention needs of it."""
         layers = [layer for layer in self.layers if isinstance(layer, FusionLayer)]
-        # Read again and again: in one piece each, or every product would copy them first.
         pairs = [layer.context_keys_values(context) for layer in layers]
-        return [(keys.contiguous(), values.contiguous()) for keys, values in pairs]
+        # In one piece each, or every product would copy them first.
+        return Context(context, None, [(keys.contiguous(), values.contiguous()) for keys, values in pairs])
 
-    def forward(
-        self,
-        query: Tensor,
-        context: Tensor | None,
-        query_mask: Tensor | None = None,
-        context_mask: Tensor | None = None,
-        causal: bool = False,
-        need_weights: bool = False,
-        cache: CaptionCache | None = None,
-    ) -> Encoded:
-        """Fuse.
-
-        Args:
-            query: (B, N, D), the sequence that comes out.
-            context: (B, S, D), what it reads; None where the cache has it.
-            query_mask: (B, N) bool, True at real tokens.
-            context_mask: (B, S) bool, True at real tokens.
-            causal: a query token sees only itself and the queries before it; it always sees the whole context.
-            need_weights: also return the attention maps.
-            cache: of the tokens before the query, and of the context.
-        """
-        caches = None if cache is None else zip(cache.fusion, cache.pictures, strict=True)
-        return self.run(self.layers, query, context, query_mask, context_mask, causal, need_weights, caches=caches)
+    def forward(self, query: TokenSequence, context: Context, need_weights: bool = False) -> Encoded:
+        """The query, which comes out, reads the context, all of whose tokens it sees."""
+        return self.run(self.layers, query, context, need_weights)

@@ -1,4 +1,4 @@
-"""Task heads on the multimodal model.
+"""What a head on the multimodal model is, and the one that tells classes apart.
 
 Shapes: B pictures, C classes, S descriptions a class, T text tokens, D width.
 """
@@ -6,18 +6,74 @@ Shapes: B pictures, C classes, S descriptions a class, T text tokens, D width.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffmoe.config import ModelConfig
-from diffmoe.model.features import TextFeatures
+from diffmoe.model.layers import full_precision, widened
 from diffmoe.model.multimodal import MultiModalMoE
+from diffmoe.model.outputs import ClassifierOutput, Output, TextFeatures
+from diffmoe.model.sequence import Context, TokenSequence
 
 
-class ImageClassifier(nn.Module):
+class Score(NamedTuple):
+    """How well a batch was told: means over its targets, 0 where it has none."""
+
+    loss: Tensor
+    """Scalar, cross-entropy in nats a target."""
+    accuracy: Tensor
+    """Scalar, 0 to 1."""
+    num_targets: int
+
+
+class Head(nn.Module, ABC):
+    """A model that can be trained and scored: the multimodal model, and what one task puts on it."""
+
+    kind: ClassVar[str]
+    """What a model file calls it."""
+    decides_in: ClassVar[frozenset[str]]
+    """The places (image, text, fusion) whose blocks the answer goes through for each picture."""
+    config: ModelConfig
+    backbone: MultiModalMoE
+
+    @classmethod
+    @abstractmethod
+    def restore(cls, config: ModelConfig, state: Mapping[str, Tensor]) -> Self:
+        """The head whose state dict `state` is, not loaded yet: the state tells what the config does not."""
+
+    @abstractmethod
+    def like(self, config: ModelConfig) -> Self:
+        """A fresh one of another config, with the same classes or words."""
+
+    def constants(self) -> dict[str, Any]:
+        """What is computed once for many batches, for `run`."""
+        return {}
+
+    @abstractmethod
+    def run(
+        self, batch: Sequence[Tensor], *, need_weights: bool = False, need_losses: bool = False, **constants: Any
+    ) -> Output:
+        """A batch of the task's data, pictures first."""
+
+    def answer(self, batch: Sequence[Tensor], **constants: Any) -> Output:
+        """`run` as far as the logits: what a prediction costs."""
+        return self.run(batch, **constants)
+
+    @abstractmethod
+    def num_targets(self, batch: Sequence[Tensor]) -> Tensor | int:
+        """How many classes or tokens are to be told."""
+
+    @abstractmethod
+    def score(self, batch: Sequence[Tensor], output: Any, label_smoothing: float = 0.0) -> Score:
+        """Cross-entropy and accuracy of what `run` made of the batch."""
+
+
+class ImageClassifier(Head):
     """Picture classifier: a linear head on the embedding, beside a zero-shot head that compares with descriptions.
 
     The class is read from the picture alone, or (`classify_with: descriptions`) from the picture fused with the
@@ -28,6 +84,9 @@ class ImageClassifier(nn.Module):
         class_tokens: (C, S, T) int64, S descriptions of each class; None: no text, no zero-shot.
         class_mask: (C, S, T), 1 at real tokens.
     """
+
+    kind = "classifier"
+    decides_in = frozenset({"image", "fusion"})  # its texts are the descriptions of the classes, the same for all
 
     class_tokens: Tensor | None
     class_mask: Tensor | None
@@ -52,6 +111,34 @@ class ImageClassifier(nn.Module):
             class_mask = torch.ones_like(class_tokens)
         self.register_buffer("class_tokens", class_tokens)
         self.register_buffer("class_mask", class_mask)
+
+    @classmethod
+    def restore(cls, config: ModelConfig, state: Mapping[str, Tensor]) -> Self:
+        return cls(config, state.get("class_tokens"), state.get("class_mask"))
+
+    def like(self, config: ModelConfig) -> Self:
+        return type(self)(config, self.class_tokens, self.class_mask)
+
+    def constants(self) -> dict[str, Any]:
+        """The classes through the text tower."""
+        return {"classes": self.class_features()}
+
+    def run(
+        self, batch: Sequence[Tensor], *, need_weights: bool = False, need_losses: bool = False, **constants: Any
+    ) -> ClassifierOutput:
+        """Pictures (B, C, H, W) and, for the losses, their labels (B,) int64."""
+        labels = batch[1] if need_losses else None
+        return self.classify(batch[0], labels=labels, need_weights=need_weights, need_losses=need_losses, **constants)
+
+    def num_targets(self, batch: Sequence[Tensor]) -> int:
+        """A picture is one."""
+        return len(batch[0])
+
+    def score(self, batch: Sequence[Tensor], output: ClassifierOutput, label_smoothing: float = 0.0) -> Score:
+        """As `Head` says; `label_smoothing` is the mass spread evenly over the classes."""
+        labels = batch[1]
+        loss = F.cross_entropy(output.logits, labels, label_smoothing=label_smoothing)
+        return Score(loss, (output.logits.argmax(-1) == labels).float().mean(), len(labels))
 
     def class_features(self) -> TextFeatures | None:
         """The classes through the text tower: in training one sentence a class, drawn anew; else the mean of all S.
@@ -82,6 +169,19 @@ class ImageClassifier(nn.Module):
         need_weights: bool = False,
         need_losses: bool = True,
     ) -> dict[str, Any]:
+        """As `classify`, as a dict: what `MultiModalMoE` returns, with logits (B, C) and, where there are descriptions,
+        zero_shot_logits (B, C).
+        """
+        return self.classify(images, labels, classes, need_weights, need_losses).as_dict()
+
+    def classify(
+        self,
+        images: Tensor,
+        labels: Tensor | None = None,
+        classes: TextFeatures | None = None,
+        need_weights: bool = False,
+        need_losses: bool = False,
+    ) -> ClassifierOutput:
         """Classify.
 
         Args:
@@ -89,20 +189,23 @@ class ImageClassifier(nn.Module):
             labels: (B,) int64, for the contrastive and alignment losses; they never reach the logits.
             classes: what `class_features` returned; None computes it.
             need_weights: also return the attention maps.
-            need_losses: also return `router_loss` and its parts; a prediction needs none.
-
-        Returns:
-            What `MultiModalMoE` returns, with logits (B, C) and, where there are descriptions, zero_shot_logits
-            (B, C): scaled cosine similarities of picture and class.
+            need_losses: also compute the model's own losses; a prediction needs none.
         """
         image = self.backbone.image_features(images, need_weights)
         classes = self.class_features() if classes is None else classes
-        fused = None
+        fused, embedding = None, image.pooled
         if self.reads_descriptions and classes is not None:
-            context = classes.pooled.expand(len(images), -1, -1)
-            fused = self.backbone.fuse(image.features, context, need_weights=need_weights)
-        out = self.backbone.assemble(image, classes, fused, text_of_image=labels, need_losses=need_losses)
-        out["logits"] = self.head(out["embedding"])
-        if classes is not None:
-            out["zero_shot_logits"] = self.backbone.scale * image.embedding @ classes.embedding.T
-        return out
+            context = Context(classes.pooled.expand(len(images), -1, -1))
+            fused = self.backbone.fuse(TokenSequence(image.features), context, need_weights)
+            embedding = fused.features.mean(1)
+        with full_precision(embedding):
+            logits, zero_shot = self.head(widened(embedding)), None
+            if classes is not None:
+                zero_shot = self.backbone.scale * image.embedding @ classes.embedding.T
+        out = ClassifierOutput(
+            embedding=embedding, image=image, text=classes, fused=fused, logits=logits, zero_shot_logits=zero_shot
+        )
+        if not need_losses:
+            return out
+        own = self.backbone.losses(out.routing, image, classes, text_of_image=labels)
+        return dataclasses.replace(out, losses=own)

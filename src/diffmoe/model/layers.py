@@ -7,15 +7,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffmoe.model.cache import KeyValues
+from diffmoe.model.sequence import KeyValues, TokenSequence
 
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[object]:
+    """Within it autocast is off on the device of `x`: for routers and losses, which must not round to bfloat16."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def widened(x: Tensor) -> Tensor:
+    """In float32 at least, for what must not round to bfloat16."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def dropout_layer(probability: float) -> nn.Module:
@@ -137,7 +148,7 @@ class ConvNorm(nn.Sequential):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of `query` on `context` (self-attention where they are one); pre-norm is the caller's.
+    """Multi-head attention, of a sequence on itself or (`attend`) on another one; pre-norm is the caller's.
 
     Args:
         embed_dim: D.
@@ -158,32 +169,24 @@ class Attention(nn.Module):
         self.dropout = dropout_layer(dropout)
 
     def forward(
-        self,
-        query: Tensor,
-        context: Tensor | None = None,
-        mask: Tensor | None = None,
-        causal: bool = False,
-        need_weights: bool = False,
-        past: KeyValues | None = None,
+        self, sequence: TokenSequence, past: KeyValues | None = None, need_weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend.
+        """Self-attention.
 
         Args:
-            query: (B, N, D).
-            context: (B, S, D); None is self-attention.
-            mask: (B, S) bool, True at context tokens that may be attended to.
-            causal: token n sees context tokens up to n only (self-attention).
+            sequence: (B, N, D) tokens; its own `past`, of all layers, is not looked at.
+            past: keys and values of the tokens before these: seen too, and extended by those of these tokens.
             need_weights: also return the attention map.
-            past: keys and values of the tokens before the query (self-attention): seen too, and extended by its own.
 
         Returns:
-            (B, N, D), and the weights (B, H, N, S) or None.
+            (B, N, D), and the weights (B, H, N, S) or None; S is N and the length of the past.
         """
-        keys, values = self.keys_values(query if context is None else context)
+        tokens = sequence.tokens
+        keys, values = self.keys_values(tokens)
         if past is not None:
             keys, values = past.append(keys, values)
-        allowed = _allowed(query.shape[1], keys.shape[2], mask, causal, query.device)
-        return self.attend(query, keys, values, allowed, need_weights)
+        allowed = _allowed(tokens.shape[1], keys.shape[2], sequence.mask, sequence.causal, tokens.device)
+        return self.attend(tokens, keys, values, allowed, need_weights)
 
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """(B, S, D) -> what a query compares itself with and what it gets, (B, H, S, D / H) each."""
@@ -193,7 +196,10 @@ class Attention(nn.Module):
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None = None, need_weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """`forward` on what `keys_values` returned; `allowed` is bool, broadcastable to (B, H, N, S), None is all."""
+        """Of queries (B, N, D) on what `keys_values` returned of a context; as `forward` returns it.
+
+        `allowed` is bool, broadcastable to (B, H, N, S); None is all.
+        """
         q_BHNd = self._heads(self.query(query))
         explicit_is_faster = query.device.type == "cpu" and query.shape[1] > 1
         if need_weights or self.kernel == "explicit" or (self.kernel == "auto" and explicit_is_faster):

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from diffmoe import losses
 from diffmoe.config import ModelConfig
-from diffmoe.model.cache import CaptionCache, KeyValues
-from diffmoe.model.encoders import CrossModalFusion, Encoded, ImageEncoder, TextEncoder
-from diffmoe.model.features import ImageFeatures, TextFeatures
+from diffmoe.model.encoders import CrossModalFusion, Encoded, ImageEncoder, TextEncoder, UnifiedModalEncoder
 from diffmoe.model.gather import gather_rows, world_size
-from diffmoe.model.layers import PatchEmbed
-from diffmoe.model.moe import AttentiveRouter, GeneralExperts, Routing
+from diffmoe.model.layers import PatchEmbed, full_precision, widened
+from diffmoe.model.moe import GeneralExperts
+from diffmoe.model.outputs import ImageFeatures, Losses, Output, TextFeatures
+from diffmoe.model.routers import Router, Routing
+from diffmoe.model.sequence import CaptionCache, Context, KeyValues, TokenSequence
 
 IMAGE, TEXT = 0, 1
 MAX_SCALE = math.log(100)
@@ -70,10 +71,10 @@ class MultiModalMoE(nn.Module):
     def image_features(self, images: Tensor, need_weights: bool = False) -> ImageFeatures:
         """(B, C, H, W) normalised pictures, of any size that the patch divides, through the image tower."""
         x = self.patch_embed(images) + self._image_position(images) + self.modality_embedding[IMAGE]
-        encoded: Encoded = self.image_encoder(x, need_weights=need_weights)
+        encoded: Encoded = self.image_encoder(TokenSequence(x), need_weights)
         features = self.image_norm(encoded.features)
         pooled = features.mean(1)
-        embedding = F.normalize(self.image_projection(pooled), dim=-1)
+        embedding = _project(pooled, self.image_projection)
         return ImageFeatures(features, pooled, embedding, encoded.routing, encoded.attention)
 
     def text_features(
@@ -93,7 +94,7 @@ class MultiModalMoE(nn.Module):
             mask.bool(),
             (features * weight).sum(1) / weight.sum(1),
             pooled,
-            F.normalize(self.text_projection(pooled), dim=-1),
+            _project(pooled, self.text_projection),
             losses.first_occurrence(tokens),
             encoded.routing,
             encoded.attention,
@@ -116,7 +117,8 @@ class MultiModalMoE(nn.Module):
             raise ValueError(f"a text of {end} tokens is over max_text_len ({self.config.max_text_len})")
         x = self.token_projection(self.token_embedding(text_tokens))
         x = x + self.text_position[start:end] + self.modality_embedding[TEXT]
-        encoded: Encoded = self.text_encoder(x, mask, need_weights, cache)
+        past = None if cache is None else cache.text
+        encoded: Encoded = self.text_encoder(TokenSequence(x, mask, causal=True, past=past), need_weights)
         return dataclasses.replace(encoded, features=self.text_norm(encoded.features))
 
     def encode_image(self, images: Tensor) -> Tensor:
@@ -127,22 +129,13 @@ class MultiModalMoE(nn.Module):
         """(U, T) int64 tokens and their mask -> (U, D) unit-norm embeddings, comparable with `encode_image`'s."""
         return self.text_features(text_tokens, attention_mask).embedding
 
-    def fuse(
-        self,
-        query: Tensor,
-        context: Tensor | None,
-        query_mask: Tensor | None = None,
-        context_mask: Tensor | None = None,
-        causal: bool = False,
-        need_weights: bool = False,
-        cache: CaptionCache | None = None,
-    ) -> Encoded:
+    def fuse(self, query: TokenSequence, context: Context, need_weights: bool = False) -> Encoded:
         """One modality, `query` (B, N, D), reads the other, `context` (B, S, D): as `CrossModalFusion`, normalised.
 
         Raises `ValueError` where fusion_layers is 0.
         """
         fusion, norm = self._fusion()
-        encoded: Encoded = fusion(query, context, query_mask, context_mask, causal, need_weights, cache)
+        encoded: Encoded = fusion(query, context, need_weights)
         return dataclasses.replace(encoded, features=norm(encoded.features))
 
     def caption_cache(self, image_features: Tensor) -> CaptionCache:
@@ -152,7 +145,7 @@ class MultiModalMoE(nn.Module):
         return CaptionCache(
             [KeyValues(max_len) for _ in self.text_encoder.blocks],
             [KeyValues(max_len) for _ in fusion.layers],
-            fusion.context_keys_values(image_features),
+            fusion.prepare(image_features),
         )
 
     def _fusion(self) -> tuple[CrossModalFusion, nn.LayerNorm]:
@@ -179,71 +172,66 @@ class MultiModalMoE(nn.Module):
             embedding (B, D), image_features (B, N, D), text_features (B, T, D) and fused_features (B, N, D) (None
             without text), routing (a tuple, one a block), router_loss (the weighted sum) and its parts.
         """
+        return self.encode(images, text_tokens, attention_mask, need_weights).as_dict()
+
+    def encode(
+        self,
+        images: Tensor,
+        text_tokens: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        need_weights: bool = False,
+    ) -> Output:
+        """As `forward`, typed."""
         image = self.image_features(images, need_weights)
         if text_tokens is None:
-            return self.assemble(image)
+            return Output(embedding=image.pooled, image=image, losses=self.losses(image.routing, image))
         text = self.text_features(text_tokens, attention_mask, need_weights)
-        fused = None
+        routing, fused, embedding = image.routing + text.routing, None, image.pooled
         if self.fusion is not None:
-            fused = self.fuse(image.features, text.features, context_mask=text.mask, need_weights=need_weights)
-        return self.assemble(image, text, fused, paired=True)
+            fused = self.fuse(TokenSequence(image.features), Context(text.features, text.mask), need_weights)
+            routing, embedding = routing + fused.routing, fused.features.mean(1)
+        own = self.losses(routing, image, text, paired=True)
+        return Output(embedding=embedding, image=image, text=text, fused=fused, losses=own)
 
-    def assemble(
-        self,
-        image: ImageFeatures,
-        text: TextFeatures | None = None,
-        fused: Encoded | None = None,
-        text_of_image: Tensor | None = None,
-        paired: bool = False,
-        need_losses: bool = True,
-    ) -> dict[str, Any]:
-        """The output of `forward` from its parts, with the losses unless `need_losses` is False.
-
-        `text_of_image` (B,) int64, the row of `text` that describes each picture, enters the two cross-modal losses
-        and nothing else; None leaves them at 0. `paired` instead: text b is picture b's own, and in training a picture
-        is told from the texts of all processes.
-        """
-        text_routing, text_attention = (text.routing, text.attention) if text else ((), ())
-        fused_routing, fused_attention = (fused.routing, fused.attention) if fused else ((), ())
-        routing = image.routing + text_routing + fused_routing
-        out = self._losses(routing, image, text, text_of_image, paired) if need_losses else {}
-        if self.training and self.config.balance_bias_rate > 0:
-            self._move_balance_biases(routing)
-        out["embedding"] = fused.features.mean(1) if fused else image.pooled
-        out["image_features"] = image.features
-        out["text_features"] = text.features if text else None
-        out["fused_features"] = fused.features if fused else None
-        out["routing"] = routing
-        out["attention"] = image.attention + text_attention + fused_attention
-        return out
-
-    def _losses(
+    def losses(
         self,
         routing: tuple[Routing, ...],
         image: ImageFeatures,
-        text: TextFeatures | None,
-        text_of_image: Tensor | None,
-        paired: bool,
-    ) -> dict[str, Any]:
-        """`router_loss` and its parts; the arguments are `assemble`'s."""
-        out = self._routing_losses(routing, image.features)
-        alignment = contrastive = image.features.new_zeros(())
-        if text is not None and paired:
-            alignment = losses.cross_modal_alignment_loss(image.pooled, text.mean)
-            contrastive = self._contrast_pairs(image, text)
-        elif text is not None and text_of_image is not None:
-            alignment = losses.cross_modal_alignment_loss(image.pooled, text.mean[text_of_image])
-            contrastive = losses.contrastive_loss(
-                image.embedding, text.embedding, text.first[text_of_image], self.scale, _is_first(text.first)
-            )
+        text: TextFeatures | None = None,
+        text_of_image: Tensor | None = None,
+        paired: bool = False,
+    ) -> Losses:
+        """The model's own losses, in float32 whatever autocast says.
+
+        Args:
+            routing: of all blocks that ran.
+            image: B pictures.
+            text: U texts; None leaves the two cross-modal losses at 0.
+            text_of_image: (B,) int64, the row of `text` that describes each picture; None: as without texts.
+            paired: instead, text b is picture b's own, and in training a picture is told from the texts of all
+                processes.
+        """
         config = self.config
-        out["cross_modal_loss"], out["contrastive_loss"] = alignment, contrastive
-        out["router_loss"] = (
-            out["router_loss"]
-            + config.cross_modal_alignment_weight * alignment
-            + config.contrastive_loss_weight * contrastive
-        )
-        return out
+        with full_precision(image.features):
+            z_loss, balance, others = self._routing_losses(routing, widened(image.pooled.new_zeros(())))
+            alignment = contrastive = torch.zeros_like(z_loss)
+            if text is not None and paired:
+                alignment = losses.cross_modal_alignment_loss(widened(image.pooled), widened(text.mean))
+                contrastive = self._contrast_pairs(image, text)
+            elif text is not None and text_of_image is not None:
+                described = widened(text.mean)[text_of_image]
+                alignment = losses.cross_modal_alignment_loss(widened(image.pooled), described)
+                contrastive = losses.contrastive_loss(
+                    image.embedding, text.embedding, text.first[text_of_image], self.scale, _is_first(text.first)
+                )
+            total = (
+                config.router_z_loss_weight * z_loss
+                + config.router_balance_loss_weight * balance
+                + config.cross_modal_alignment_weight * alignment
+                + config.contrastive_loss_weight * contrastive
+                + others
+            )
+        return Losses(total, z_loss, balance, alignment, contrastive)
 
     def _contrast_pairs(self, image: ImageFeatures, text: TextFeatures) -> Tensor:
         """The contrastive loss where text b is picture b's own, over the batches of all processes in training."""
@@ -254,29 +242,29 @@ class MultiModalMoE(nn.Module):
             first = losses.first_occurrence(tokens)
         return losses.contrastive_loss(images, texts, first, self.scale, _is_first(first))
 
-    def _routing_losses(self, routings: tuple[Routing, ...], like: Tensor) -> dict[str, Any]:
-        """The routers' losses, summed over blocks, and `router_loss`, their weighted sum so far."""
-        config = self.config
-        zero = like.new_zeros(())
+    def _routing_losses(self, routings: tuple[Routing, ...], zero: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Summed over blocks: z-loss, balance loss, and the weighted sum of those that are off by default."""
         z_loss = sum((losses.router_z_loss(r.probs, r.mask) for r in routings), zero)
         balance = sum((losses.load_balance_loss(r.probs, r.tokens_per_expert, r.mask) for r in routings), zero)
-        total = config.router_z_loss_weight * z_loss + config.router_balance_loss_weight * balance
         optional = {
             "router_logit_z_loss_weight": lambda r: losses.router_logit_z_loss(r.logits, r.mask),
             "switch_loss_weight": lambda r: losses.switch_loss(r.probs, r.tokens_per_expert, r.mask),
             "entropy_local_weight": lambda r: losses.local_entropy_loss(r.probs, r.mask),
             "entropy_global_weight": lambda r: losses.global_entropy_loss(r.probs, r.mask),
         }
+        others = zero
         for name, loss in optional.items():
-            weight = getattr(config, name)
-            if weight > 0:
-                total = total + weight * sum((loss(r) for r in routings), zero)
-        return {"router_loss": total, "router_z_loss": z_loss, "router_balance_loss": balance}
+            if (weight := getattr(self.config, name)) > 0:
+                others = others + weight * sum((loss(r) for r in routings), zero)
+        return z_loss, balance, others
 
-    def _move_balance_biases(self, routings: tuple[Routing, ...]) -> None:
-        routers = [module for module in self.modules() if isinstance(module, AttentiveRouter)]
-        for router, routing in zip(routers, routings, strict=True):
-            router.update_balance_bias(routing.tokens_per_expert, self.config.balance_bias_rate)
+    def routers(self) -> dict[str, Router]:
+        """The router of each routed block, by `<place>_<layer>`."""
+        return {
+            f"{block.place}_{block.layer}": block.general_experts.router
+            for block in self.modules()
+            if isinstance(block, UnifiedModalEncoder) and isinstance(block.general_experts, GeneralExperts)
+        }
 
     def _image_position(self, images: Tensor) -> Tensor:
         """The position embedding (1, N, D), interpolated where the pictures are not of img_size."""
@@ -289,6 +277,12 @@ class MultiModalMoE(nn.Module):
         return position.flatten(2).transpose(1, 2)
 
 
+def _project(pooled: Tensor, projection: nn.Linear) -> Tensor:
+    """(B, D) -> unit norm in the shared space, in float32: bfloat16 would make ties of what differs."""
+    with full_precision(pooled):
+        return F.normalize(projection(widened(pooled)), dim=-1)
+
+
 def _is_first(first: Tensor) -> Tensor:
     """(U,) bool, False at texts that repeat another one."""
     return first == torch.arange(len(first), device=first.device)
@@ -296,7 +290,7 @@ def _is_first(first: Tensor) -> Tensor:
 
 def init_weights(model: nn.Module, std: float) -> None:
     """Normal weights of the given standard deviation, zero biases; routers keep an initialisation of their own."""
-    routers = {id(part) for m in model.modules() if isinstance(m, AttentiveRouter) for part in m.modules()}
+    routers = {id(part) for m in model.modules() if isinstance(m, Router) for part in m.modules()}
     for module in model.modules():
         if id(module) in routers:
             continue

@@ -18,8 +18,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.profiler import profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffmoe.profiling.parameters import count_by_part
-from diffmoe.profiling.parts import METHODS, ORDER, module_parts
+from diffmoe.profiling.parts import METHODS, ORDER, count_by_part, module_parts
 from diffmoe.profiling.throughput import Batch, Contender
 
 FORWARD, BACKWARD, ONCE = "forward", "backward", "once"  # passes; once: what is of neither
@@ -40,7 +39,7 @@ class Tracker(ExitStack):
         self.watch: Callable[[Cell], object] = lambda _: None
         self._running, self._pass, self._cell = ["other"], ONCE, OUTSIDE
         self._made: list[tuple[int, str]] = []  # forward: from which number on nodes are of which part
-        parts = {contender.objective: "losses", **dict(module_parts(contender.model))}
+        parts = {contender.objective.module: "losses", **dict(module_parts(contender.model))}
         self.callback(register_module_forward_pre_hook(lambda module, _: self._turn(parts.get(module, "other"))).remove)
         # always_call: gradient checkpointing leaves a module by an exception once it has what it needs.
         self.callback(register_module_forward_hook(lambda *_: self._turn(None), always_call=True).remove)

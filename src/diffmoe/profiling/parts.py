@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from diffmoe.model.moe import GeneralExperts
+
 NAMES = {
     "patch_embed": "patch embedding",
     **dict.fromkeys(("token_embedding", "token_projection"), "text embedding"),
@@ -24,7 +26,7 @@ NAMES = {
     **dict.fromkeys(("MultiModalMoE", "UnifiedModalEncoder"), "other"),
 }
 """A module's class, or what the module around calls it -> its name; without one it is of the part around it."""
-METHODS = {"assemble": "losses", "logits": "head"}
+METHODS = {"losses": "losses", "logits": "head"}
 """Methods that are of another part than their module."""
 ORDER = ["data loading", *dict.fromkeys(NAMES.values()), "losses", "optimizer"]
 
@@ -37,3 +39,15 @@ def module_parts(module: nn.Module, name: str = "", around: str = "other") -> It
     yield module, part
     for child_name, child in module.named_children():
         yield from module_parts(child, child_name, part)
+
+
+def count_by_part(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Parameters of each part in all, and active for one token."""
+    parts, counts = dict(module_parts(model)), dict[str, tuple[int, int]]()
+    for name, parameter in model.named_parameters():
+        module, size = model.get_submodule(name.rpartition(".")[0]), parameter.numel()
+        # A pool's own parameters are stacks of E, one for each expert.
+        met = size // len(parameter) * module.router.top_k if isinstance(module, GeneralExperts) else size
+        total, active = counts.get(parts[module], (0, 0))
+        counts[parts[module]] = (total + size, active + met)
+    return counts

@@ -9,34 +9,33 @@ from statistics import median
 from typing import Any
 
 import torch
-from lightning_fabric import Fabric
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffmoe.config import TrainingConfig
 from diffmoe.model.layers import evaluating
-from diffmoe.training import make_optimizer, train_step
+from diffmoe.training.objective import Trainee
 
 Batch = Sequence[Tensor]
 
 
-class Contender:
-    """A model as it is used, by `infer` on it, a batch and what it read of its classes, and as it is trained."""
+class Contender(Trainee):
+    """A model as it is used, and as it is trained: with the optimizer's and the loop's own step."""
 
-    def __init__(self, model: nn.Module, objective: nn.Module, infer: Callable, config: TrainingConfig, fabric: Fabric):
-        self.model, self.objective, self.infer, self.config, self.fabric = model, objective, infer, config, fabric
-        self.wrapped, self.optimizer = fabric.setup(objective.train(), make_optimizer(model, config))
-        self.wait = torch.cuda.synchronize if fabric.device.type == "cuda" else lambda: None
+    def wait(self) -> None:
+        """For a GPU."""
+        if self.fabric.device.type == "cuda":
+            torch.cuda.synchronize(self.fabric.device)
 
     def train(self, batch: Batch) -> None:
         """One training step, whole but for its effect: at the rate 0, or the routing would drift away."""
-        train_step(self.fabric, self.wrapped, self.optimizer, [batch], 0.0, self.config.clip_norm)
+        self.objective.train()
+        self.step([batch], 0.0)
 
     @contextmanager
     def inference(self) -> Iterator[Callable[[Batch], Any]]:
         """What to call with a batch within; class descriptions, where there are any, are read before."""
         with evaluating(self.model), torch.inference_mode(), self.fabric.autocast():
-            classes = getattr(self.model, "class_features", lambda: None)()
-            yield lambda batch: self.infer(self.model, batch, classes)
+            constants = self.model.constants()
+            yield lambda batch: self.model.answer(batch, **constants)
 
 
 def race(

@@ -1,4 +1,4 @@
-"""Figures from evaluation's outputs: pure functions that return a matplotlib Figure; `save`; the report's page."""
+"""Figures from evaluation's outputs: pure functions that return a matplotlib Figure; and `save`."""
 
 from diffmoe.visualization.attention import attention_maps, attention_rollout, class_maps, word_maps
 from diffmoe.visualization.captions import caption_sheet, ranked_texts, retrieval_grid
@@ -23,11 +23,8 @@ from diffmoe.visualization.figures import (
 )
 from diffmoe.visualization.language import speaking
 from diffmoe.visualization.profile import costs_by_part, throughput
-from diffmoe.visualization.report import Facts, Section, write_report
 
 __all__ = [
-    "Facts",
-    "Section",
     "ablation_map",
     "attention_maps",
     "attention_rollout",
@@ -53,5 +50,4 @@ __all__ = [
     "training_curves",
     "utilization",
     "word_maps",
-    "write_report",
 ]

@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from diffmoe.config import UserError
-from diffmoe.evaluation import CALIBRATION_BINS, Predictions, calibration_bins, calibration_error
+from diffmoe.evaluation.classification import CALIBRATION_BINS, Predictions, calibration_bins, calibration_error
 from diffmoe.files import write_atomically
 from diffmoe.visualization import style
 from diffmoe.visualization.language import say

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from diffmoe.profiling.parts import ORDER
 from diffmoe.visualization import style
 from diffmoe.visualization.language import say
 
@@ -64,4 +63,5 @@ def _title(part: str) -> str:
         *(say("routed experts"), say("global expert"), say("modality expert"), say("cross-attention"), say("head")),
         *(say("other"), say("losses"), say("optimizer")),
     )
-    return dict(zip(ORDER, titles, strict=True))[part]
+    assert say(part) in titles, part
+    return say(part)

@@ -1,0 +1,60 @@
+"""What the commands' parsers share: errors of one line, the flags of a trained model, JSON or a table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from diffmoe.config import UserError
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+def bare_parser(command: str, description: str) -> argparse.ArgumentParser:
+    """A parser without flags, whose errors are one line."""
+    parser = argparse.ArgumentParser(prog=f"diffmoe {command}", description=description, allow_abbrev=False)
+
+    def error(message: str) -> NoReturn:
+        raise UserError(f"{message}; {parser.prog} --help lists all flags")  # argparse's own is two lines and an exit
+
+    parser.error = error
+    return parser
+
+
+def model_parser(command: str, description: str, images: str | None = None) -> argparse.ArgumentParser:
+    """A parser with the flags that all uses of a model share."""
+    parser = bare_parser(command, description)
+    if images:
+        parser.add_argument("images", nargs=images, metavar="IMAGE", help="picture files of any size and kind")
+    parser.add_argument("--checkpoint", required=True, help="model file, such as checkpoints/cifar10_model.pth")
+    parser.add_argument("--device", choices=DEVICES, default="auto")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return parser
+
+
+def show(results: Any, as_json: bool, table: Callable[[Any], object]) -> int:
+    """Print, and return the exit code."""
+    if as_json:
+        print(json.dumps(results, ensure_ascii=False, indent=2))
+    else:
+        table(results)
+    return 0
+
+
+def print_predictions(rows: list[dict[str, Any]]) -> None:
+    """The rows of `predict` and `zero-shot`."""
+    for row in rows:
+        print(row["image"])
+        for name, title in (("predictions", ""), ("with_text", "  with the text:")):
+            if title and name in row:
+                print(title)
+            for predicted in row.get(name, ()):
+                bar = "█" * round(predicted["probability"] * 30)
+                print(f"  {predicted['probability']:6.1%}  {predicted['class']:20} {bar}")
+        for name, title in (("similarity", "similarity to the text"), ("log_probability", "log-probability a token")):
+            if row.get(name) is not None:
+                print(f"  {title}: {row[name]:.3f}")
+        if "cannot_write" in row:
+            print(f"  log-probability: none, as this model cannot write {', '.join(row['cannot_write'])}")

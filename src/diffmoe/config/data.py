@@ -1,0 +1,63 @@
+"""The data's settings, and the sets that have a name here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffmoe.config.errors import MAX_SEED, check, check_at_least, check_at_most, check_fraction
+
+EMBEDDED_DATASETS = ("digits", "shapes")
+"""Sets that need no download: scikit-learn's digits, and captioned shapes that the program draws."""
+
+HUB_DATASETS = {
+    "cifar10": "uoft-cs/cifar10",
+    "fashion_mnist": "zalando-datasets/fashion_mnist",
+    "flickr8k": "jxie/flickr8k",
+}
+"""Sets with a name of their own here, and the hub repository that holds each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The pictures: where they come from, how they are split and augmented."""
+
+    dataset: str = "digits"
+    """digits, shapes, fashion_mnist, cifar10, flickr8k, a folder DIR/train/<class>/*.jpg or with a captions table,
+    or a hub name such as owner/name."""
+    data_dir: str | None = None
+    """Folder that holds <dataset>/*.parquet, <dataset>/train/<class>/* or a captions table, or is that folder; without
+    it the set comes from the hub. A set of your own in it may be called digits or shapes."""
+    val_fraction: float = 0.1
+    """Share of train held out for validation, by class, where the set has no validation split."""
+    test_fraction: float = 0.2
+    """Share held out for testing, by class, where the set has no test split."""
+    split_seed: int = 0
+    """Seed of those splits; apart from `seed`, so that no run trains on what another one tests."""
+    crop_padding: int = 0
+    """Augmentation: random crop after reflecting this many pixels at each edge; 0 is off."""
+    flip: bool = False
+    """Augmentation: mirror half of the pictures left to right."""
+    erase: float = 0.0
+    """Augmentation: probability that a random rectangle of a picture is blanked."""
+    max_memory_gb: float = 4.0
+    """A set larger than this, as uint8, is read in worker processes instead of being held in memory."""
+    num_workers: int = 2
+    """Worker processes for a set that is not held in memory."""
+
+    def __post_init__(self) -> None:
+        check_fraction(self, "val_fraction", "test_fraction", "erase")
+        check(self.val_fraction > 0, "val_fraction", self.val_fraction, "over 0")
+        check(self.test_fraction > 0, "test_fraction", self.test_fraction, "over 0")
+        check_at_least(self, 0, "crop_padding", "max_memory_gb", "num_workers", "split_seed")
+        check_at_most(self, MAX_SEED, "split_seed")
+
+    @property
+    def built_in(self) -> bool:
+        """Whether the program brings the set: what `data_dir` holds is the user's own, whatever it is called."""
+        return self.dataset in EMBEDDED_DATASETS and self.data_dir is None
+
+
+def dataset_name(dataset: str) -> str:
+    """The name that a set's files get: its own, or the last part of a path or hub name."""
+    return Path(dataset).name or "data"

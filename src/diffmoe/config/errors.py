@@ -1,0 +1,43 @@
+"""A user's mistake, and the checks that find one in a setting."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+MAX_SEED = 2**63 - 1
+"""The largest whole number that torch takes."""
+
+
+class UserError(ValueError):
+    """A mistake of the user's, in one line: what is wrong and what would be right. The command line exits with 2."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint for a mistyped name: ` (did you mean 'top_k'?)`, or an empty string when nothing is close."""
+    match = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean '{match[0]}'?)" if match else ""
+
+
+def check(holds: bool, name: str, value: object, expected: str) -> None:
+    if not holds:
+        raise UserError(f"{name} is {value!r}: it must be {expected}")
+
+
+def check_at_least(config: Any, minimum: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        check(value >= minimum, name, value, f"at least {minimum}")
+
+
+def check_at_most(config: Any, maximum: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        check(value <= maximum, name, value, f"at most {maximum}")
+
+
+def check_fraction(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        check(0 <= value < 1, name, value, "from 0 up to, but not including, 1")

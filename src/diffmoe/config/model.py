@@ -1,0 +1,160 @@
+"""The model's settings."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from diffmoe.config.errors import check, check_at_least, check_fraction
+
+START_ID, END_ID = 49406, 49407
+"""The CLIP tokenizer's special tokens, the last ids of its table."""
+VOCAB_SIZE = 49408
+"""Tokens that it has."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The model. The defaults are the preset `base`."""
+
+    img_size: int = 28
+    """Height and width of the pictures, in pixels."""
+    patch_size: int = 4
+    """Height and width of a patch, in pixels; it must divide img_size."""
+    in_channels: int = 1
+    """Channels of the pictures: 1 grey, 3 colour."""
+    patch_embed: Literal["linear", "conv"] = "linear"
+    """How a patch becomes a vector: 'linear' is ViT's one projection; 'conv' a stack of 3x3 convolutions (Xiao et al.
+    2021), which learns far faster on small data."""
+    embed_dim: int = 512
+    """Width of every token, D; num_heads must divide it."""
+    num_heads: int = 8
+    """Attention heads of every block."""
+    img_encoder_layers: int = 6
+    """Blocks of the image tower."""
+    text_encoder_layers: int = 4
+    """Blocks of the text tower."""
+    fusion_layers: int = 3
+    """Layers of the cross-modal fusion; 0 leaves it out."""
+    num_general_experts: int = 4
+    """Experts in each block's routed pool, E."""
+    num_modality_specific_experts: int = 2
+    """How many modalities have an expert of their own: 0 none, 1 vision, 2 vision and text."""
+    top_k: int = 2
+    """Routed experts for each token, K."""
+    expansion_factor: float = 4
+    """Hidden width of every expert over embed_dim."""
+    dense: bool = False
+    """Replace each routed pool by one expert that is top_k times as wide: the same active compute, no routing."""
+    router: str = "attentive"
+    """Who decides which experts a token is sent to; a name of `diffmoe.model.routers.ROUTERS`."""
+    router_noise: bool = False
+    """Learned noise on the router's scores in training (Shazeer et al. 2017, eq. 4)."""
+    num_classes: int = 10
+    """Classes of the head; taken from the dataset on the command line."""
+    classify_with: Literal["image", "descriptions"] = "image"
+    """What the class is read from: 'image', the picture alone; 'descriptions', the picture fused with the descriptions
+    of all classes, the same for every picture."""
+    dropout: float = 0.2
+    """Dropout probability in the experts and after attention."""
+    activation: Literal["gelu", "relu", "silu"] = "gelu"
+    """Activation of every expert."""
+    layer_norm_eps: float = 1e-5
+    """Epsilon of every LayerNorm."""
+    initializer_range: float = 0.02
+    """Standard deviation of the initial weights."""
+    position_range: float = 0.02
+    """Standard deviation of the initial positions of the patches: a larger one tells a model early where things are."""
+    use_gradient_checkpointing: bool = True
+    """Recompute each block in the backward pass: less memory, about a third more time."""
+    expert_backend: Literal["auto", "sorted", "padded", "grouped", "masked"] = "auto"
+    """How tokens get to their routed experts; 'auto' is the fastest by device, number format and number of tokens."""
+    attention: Literal["auto", "explicit", "fused"] = "auto"
+    """Attention kernel: 'explicit' softmax, torch's 'fused' one, or 'auto', by device and number of queries."""
+    vocab_size: int = 50000
+    """Rows of the text embedding; the CLIP tokenizer needs 49408."""
+    max_text_len: int = 32
+    """Longest text in tokens, start and end included."""
+    text_embed_dim: int = 128
+    """Width of the text embedding before it is projected to embed_dim."""
+    router_z_loss_weight: float = 0.001
+    """Weight of the router's z-loss, E * mean(p_e^2)."""
+    router_balance_loss_weight: float = 0.01
+    """Weight of the load-balancing loss, KL(load || uniform)."""
+    cross_modal_alignment_weight: float = 0.1
+    """Weight of the alignment loss, -cos(picture, text)."""
+    contrastive_loss_weight: float = 0.1
+    """Weight of the contrastive loss (InfoNCE)."""
+    router_logit_z_loss_weight: float = 0.0
+    """Weight of ST-MoE's z-loss on the router's logits, mean(logsumexp^2); off by default."""
+    switch_loss_weight: float = 0.0
+    """Weight of Switch Transformer's balance loss, E * sum(f_e * P_e); off by default."""
+    entropy_local_weight: float = 0.0
+    """Weight of LIMoE's local entropy loss, one for each modality; off by default."""
+    entropy_global_weight: float = 0.0
+    """Weight of LIMoE's global entropy loss, one for each modality; off by default."""
+    balance_bias_rate: float = 0.0
+    """Step of the loss-free balancing bias (DeepSeek-V3); 0 is off."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "img_size", "patch_size", "in_channels", "embed_dim", "num_heads", "img_encoder_layers")
+        check_at_least(
+            self,
+            1,
+            "text_encoder_layers",
+            "num_general_experts",
+            "top_k",
+            "num_classes",
+            "vocab_size",
+            "text_embed_dim",
+        )
+        check_at_least(self, 0, "fusion_layers", "initializer_range", "position_range", "balance_bias_rate")
+        check_at_least(self, 3, "max_text_len")
+        check_fraction(self, "dropout")
+        check(0 < self.expansion_factor < float("inf"), "expansion_factor", self.expansion_factor, "over 0 and finite")
+        hidden = round(self.expansion_factor * self.embed_dim)
+        check(hidden >= 1, "expansion_factor", self.expansion_factor, "at least 1 / embed_dim: one hidden unit")
+        check(self.layer_norm_eps > 0, "layer_norm_eps", self.layer_norm_eps, "over 0")
+        check(
+            0 <= self.num_modality_specific_experts <= 2,
+            "num_modality_specific_experts",
+            self.num_modality_specific_experts,
+            "0, 1 or 2",
+        )
+        check(
+            self.embed_dim % self.num_heads == 0,
+            "embed_dim",
+            self.embed_dim,
+            f"a multiple of num_heads ({self.num_heads})",
+        )
+        check(
+            self.top_k <= self.num_general_experts,
+            "top_k",
+            self.top_k,
+            f"at most num_general_experts ({self.num_general_experts})",
+        )
+        check(
+            self.img_size % self.patch_size == 0,
+            "img_size",
+            self.img_size,
+            f"a multiple of patch_size ({self.patch_size})",
+        )
+        if self.patch_embed == "conv":
+            power_of_two = self.patch_size & (self.patch_size - 1) == 0
+            check(power_of_two, "patch_size", self.patch_size, "a power of two with patch_embed 'conv'")
+        if self.classify_with == "descriptions":
+            check(
+                self.fusion_layers > 0,
+                "fusion_layers",
+                self.fusion_layers,
+                "at least 1 with classify_with 'descriptions'",
+            )
+        for field in dataclasses.fields(self):
+            if field.name.endswith("_weight"):
+                check_at_least(self, 0, field.name)
+
+    @property
+    def num_patches(self) -> int:
+        """Image tokens of a picture of img_size, N."""
+        return (self.img_size // self.patch_size) ** 2

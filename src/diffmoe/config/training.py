@@ -1,0 +1,77 @@
+"""The settings of the training loop, and of a run as a whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from diffmoe.config.errors import MAX_SEED, check, check_at_least, check_at_most, check_fraction
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """The training loop: AdamW, warm-up, cosine."""
+
+    epochs: int = 10
+    """Passes over the training split."""
+    batch_size: int = 64
+    """Pictures of one forward pass, over all devices."""
+    accumulation_steps: int = 1
+    """Batches whose gradients are averaged before one optimizer step."""
+    lr: float = 0.0005
+    """Peak learning rate."""
+    weight_decay: float = 0.01
+    """AdamW's weight decay; norms, biases and embeddings get none."""
+    warmup_fraction: float = 0.05
+    """Share of the steps in which the learning rate rises to its peak."""
+    final_lr_fraction: float = 0.01
+    """Learning rate at the end of the cosine, over the peak."""
+    clip_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 is off."""
+    label_smoothing: float = 0.1
+    """Probability mass spread evenly over the classes in the targets."""
+    patience: int = 0
+    """Stop after this many epochs without a better validation accuracy; 0 is off."""
+    seed: int = 0
+    """Seed of the weights, the data order, augmentation and dropout."""
+    compile: bool = False
+    """torch.compile the model: pays on a GPU, not on a CPU."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "epochs", "batch_size", "accumulation_steps")
+        check_at_least(self, 0, "weight_decay", "clip_norm", "patience", "seed")
+        check_at_most(self, MAX_SEED, "seed", "batch_size")
+        check(0 < self.lr < float("inf"), "lr", self.lr, "over 0 and finite")
+        check_fraction(self, "warmup_fraction", "label_smoothing")
+        check(0 <= self.final_lr_fraction <= 1, "final_lr_fraction", self.final_lr_fraction, "from 0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The run: where it happens and what it writes."""
+
+    preset: str | None = None
+    """Model size: tiny, small, base, each also as <size>-dense; None is the dataset's own."""
+    init: str | None = None
+    """Pretrained start for training: open_clip:<model>/<tag>, or open_clip:<model>/<file of weights>. CLIP's text
+    embedding and positions are copied and its feed-forward layers become experts, where the widths fit."""
+    checkpoint: str | None = None
+    """Model file to test; None is <save_dir>/<dataset>_model.pth."""
+    save_dir: str = "checkpoints"
+    """Training writes <save_dir>/<dataset>_model.pth and <save_dir>/<dataset>/."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute."""
+    num_devices: int = 1
+    """Devices (processes) to train on."""
+    strategy: Literal["auto", "ddp"] = "auto"
+    """How several devices share the work; 'auto' is ddp where there are several."""
+    precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
+    """Number format; 'auto' is bf16-mixed on a GPU that has it, else 32-true."""
+    resume: bool = False
+    """Go on from <save_dir>/<dataset>/last.ckpt."""
+    overwrite: bool = False
+    """Replace what an earlier run left in save_dir."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "num_devices")
+        check(not (self.resume and self.overwrite), "resume", True, "given without overwrite")

@@ -1,0 +1,170 @@
+"""A set made ready: decoded once, cached, split three ways."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffmoe.config import EMBEDDED_DATASETS, DataConfig, UserError, dataset_name
+from diffmoe.data import shapes
+from diffmoe.data.cache import cache_path, read_cache, write_cache
+from diffmoe.data.captions import CaptionSplit
+from diffmoe.data.pictures import LazyImages, PictureSpec
+from diffmoe.data.sources import find_source, holds_set
+from diffmoe.data.splits import (
+    SPLIT_ALIASES,
+    ClassesAndSplits,
+    PictureSplit,
+    Split,
+    channel_statistics,
+    hold_out,
+    settings_without_effect,
+)
+
+log = logging.getLogger(__name__)
+
+FINGERPRINT_SAMPLE = 64
+"""Pictures of the training split that a fingerprint looks at."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Pictures with labels or with captions, in three splits that share no picture."""
+
+    name: str
+    known_as: str
+    """The name, where what the program knows of a set so called holds for this one: not for one's own `digits`."""
+    class_names: tuple[str, ...]
+    """Empty where the pictures have captions."""
+    train: Any
+    """This and the others: `Split`, or `CaptionSplit`."""
+    validation: Any
+    test: Any
+    picture: PictureSpec
+    """With the statistics of the training split."""
+
+    def summary(self) -> str:
+        """In one line."""
+        counts = ", ".join(f"{len(split):,} {name}" for name, split in self._splits().items())
+        told = (
+            f"{len(self.class_names)} classes" if self.class_names else f"{len(self.train.texts):,} training captions"
+        )
+        return f"{self.name}: pictures: {counts}; {told}"
+
+    def fingerprint(self) -> str:
+        """What tells the data from other data: classes, labels or captions, and some of the pictures.
+
+        Of the content, not of where it is: a set that was copied elsewhere is the same.
+        """
+        digest = hashlib.sha256(json.dumps(self.class_names).encode())
+        for name, split in self._splits().items():
+            digest.update(f"{name} {len(split)}\n".encode() + split.digest())
+        rows = torch.linspace(0, len(self.train) - 1, min(FINGERPRINT_SAMPLE, len(self.train))).long()
+        digest.update(self.train.images[rows].numpy().tobytes())
+        return digest.hexdigest()[:32]
+
+    def _splits(self) -> dict[str, PictureSplit]:
+        return {"training": self.train, "validation": self.validation, "test": self.test}
+
+
+def load_dataset(config: DataConfig, picture: PictureSpec, progress: bool = True) -> Dataset:
+    """Find a set and make it ready: decoded to uint8 (C, size, size), in three splits.
+
+    A set over `config.max_memory_gb` is not decoded: its pictures are `LazyImages`. Validation and test pictures are
+    held out of train where the set does not have them, by `config.split_seed` alone.
+    Raises `UserError` where the set or one of its pictures will not do.
+    """
+    class_names, splits = _make(config, picture) if config.built_in else _read(config, picture, progress)
+    _check_splits(config, splits, progress)
+    train, validation, test = splits["train"], splits.get("validation"), splits.get("test")
+    if test is None:
+        train, test = hold_out(train, config.test_fraction, config.split_seed, class_names)
+    if validation is None:
+        train, validation = hold_out(train, config.val_fraction, config.split_seed, class_names)
+    statistics = channel_statistics(train.images, config.split_seed, progress)
+    name = dataset_name(config.dataset)
+    known_as = name if config.built_in or name not in EMBEDDED_DATASETS else ""
+    spec = PictureSpec(picture.size, picture.channels, *statistics)
+    return Dataset(name, known_as, class_names, train, validation, test, spec)
+
+
+def _make(config: DataConfig, picture: PictureSpec) -> ClassesAndSplits:
+    """A set that the program brings."""
+    if config.dataset == "shapes":
+        return (), dict(shapes.draw_splits(picture))
+    return _read_digits(picture)
+
+
+def _read_digits(picture: PictureSpec) -> ClassesAndSplits:
+    """scikit-learn's digits: 1,797 pictures of 8x8 with values from 0 to 16."""
+    import numpy as np
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    pictures = np.rint(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    images = torch.stack([picture.fit(Image.fromarray(grey)) for grey in pictures])
+    return tuple("0123456789"), {"train": Split(images, torch.from_numpy(labels).long())}
+
+
+def _read(config: DataConfig, picture: PictureSpec, progress: bool) -> ClassesAndSplits:
+    source = find_source(config)
+    if len(source) * picture.channels * picture.size**2 > config.max_memory_gb * 1e9:
+        return source.read(picture, in_memory=False)
+    path = cache_path(source.fingerprint(), picture)
+    if (cached := read_cache(path)) is not None:
+        return _from_cache(*cached)
+    class_names, lazy = source.read(picture, in_memory=True)
+    splits = {name: dataclasses.replace(split, images=_all(split.images, progress)) for name, split in lazy.items()}
+    write_cache(path, *_to_cache(class_names, splits))
+    return class_names, splits
+
+
+def _all(images: Tensor | LazyImages, progress: bool) -> Tensor:
+    return images.load(progress) if isinstance(images, LazyImages) else images
+
+
+def _to_cache(
+    class_names: tuple[str, ...], splits: Mapping[str, PictureSplit]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    tensors: dict[str, Any] = {f"{name}.images": split.images for name, split in splits.items()}
+    tensors |= {f"{name}.labels": split.labels for name, split in splits.items() if isinstance(split, Split)}
+    captions = {name: split.captions for name, split in splits.items() if isinstance(split, CaptionSplit)}
+    return tensors, {"class_names": json.dumps(class_names), "captions": json.dumps(captions)}
+
+
+def _from_cache(tensors: dict[str, Tensor], texts: dict[str, str]) -> ClassesAndSplits:
+    captions = json.loads(texts["captions"])
+    splits: dict[str, PictureSplit] = {}
+    for name in SPLIT_ALIASES:
+        if (images := tensors.get(f"{name}.images")) is None:
+            continue
+        if name in captions:
+            splits[name] = CaptionSplit(images, tuple(map(tuple, captions[name])))
+        else:
+            splits[name] = Split(images, tensors[f"{name}.labels"])
+    return tuple(json.loads(texts["class_names"])), splits
+
+
+def _check_splits(config: DataConfig, splits: Mapping[str, PictureSplit], progress: bool) -> None:
+    """Raises `UserError` where one is empty. Says, on the process that shows progress, what changes nothing here."""
+    for name, split in splits.items():
+        if not len(split):
+            raise UserError(f"dataset {config.dataset!r} has an empty {name} split: it must hold pictures")
+    if not progress:
+        return
+    if config.built_in and Path(config.dataset).is_dir() and holds_set(Path(config.dataset)):
+        name = config.dataset
+        log.warning("%s is the set that the program brings; --dataset ./%s reads the folder %s here", name, name, name)
+    in_memory = isinstance(splits["train"].images, Tensor)
+    for name, reason in settings_without_effect(config, splits.keys(), in_memory).items():
+        log.warning("%s is %r and changes nothing: %s", name, getattr(config, name), reason)

@@ -1,0 +1,102 @@
+"""One pass of a model over batches: what each collector wants is kept, all else is let go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from diffmoe.config import UserError
+from diffmoe.model.heads import Head
+from diffmoe.model.layers import evaluating
+
+Autocast = Callable[[], AbstractContextManager[object]]
+"""The number format that the model runs in; what is made of its outputs is in float32."""
+
+
+class Collector(Protocol):
+    """Keeps something of every batch."""
+
+    def add(self, batch: Sequence[Tensor], output: Any) -> None:
+        """`batch` was given, `output` (`Output` of the head) came back."""
+        ...
+
+
+def run_over(
+    model: Head,
+    batches: Iterable[Sequence[Tensor]],
+    *collectors: Collector,
+    autocast: Autocast = nullcontext,
+    constants: dict[str, Any] | None = None,
+) -> None:
+    """Run `model` once over `batches`, without gradients and in evaluation mode.
+
+    `constants` go with every batch; None computes the model's own, once.
+    Raises `ValueError` where there are no batches, `UserError` where the model's numbers are not finite.
+    """
+    count = 0
+    with evaluating(model), finite_or_told(), torch.inference_mode():
+        with autocast():
+            constants = model.constants() if constants is None else constants
+        for batch in batches:
+            with autocast():
+                output = model.run(batch, **constants)
+            for collector in collectors:
+                collector.add(batch, output)
+            count += 1
+    if not count:
+        raise ValueError("there are no pictures to look at")
+
+
+@contextmanager
+def finite_or_told() -> Iterator[None]:
+    """What is not a number in a model's outputs, which its routers report too, as a `UserError`."""
+    try:
+        yield
+    except FloatingPointError as error:
+        message = "the model's outputs are not finite: its training diverged; train it with a lower lr"
+        raise UserError(message) from error
+
+
+class Kept:
+    """Keeps what a function takes of each batch and its output: tensors with a row for each picture."""
+
+    def __init__(self, take: Callable[[Sequence[Tensor], Any], tuple[Tensor, ...]]) -> None:
+        self.take = take
+        self.taken: list[tuple[Tensor, ...]] = []
+
+    def add(self, batch: Sequence[Tensor], output: Any) -> None:
+        self.taken.append(tuple(tensor.cpu() for tensor in self.take(batch, output)))
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Of all batches, on the CPU, as ordinary tensors (not those of inference mode)."""
+        return tuple(torch.cat(column) for column in zip(*self.taken, strict=True))
+
+
+class Scores:
+    """Loss and accuracy over all targets of all batches."""
+
+    def __init__(self, model: Head) -> None:
+        self.model = model
+        self.loss_sum = 0.0
+        self.right = self.num_targets = self.num_pictures = 0
+
+    def add(self, batch: Sequence[Tensor], output: Any) -> None:
+        loss, accuracy, num_targets = self.model.score(batch, output)
+        self.loss_sum += float(loss) * num_targets
+        self.right += round(float(accuracy) * num_targets)  # a count: no rounding of float32 is left in it
+        self.num_targets += num_targets
+        self.num_pictures += len(batch[0])
+
+    @property
+    def loss(self) -> float:
+        """Mean over targets, in nats; nan where there were none."""
+        return self.loss_sum / self.num_targets if self.num_targets else float("nan")
+
+    @property
+    def accuracy(self) -> float:
+        """Share of targets that were told right; nan where there were none."""
+        return self.right / self.num_targets if self.num_targets else float("nan")

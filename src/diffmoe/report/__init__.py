@@ -1,0 +1,1 @@
+"""The page that shows all that can be seen of a trained model."""

@@ -1,0 +1,145 @@
+"""One HTML page that holds everything: figures, tables and words, with nothing fetched from anywhere.
+
+It knows nothing of models: it is handed sections, and puts them under a table of contents.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from matplotlib.figure import Figure
+
+from diffmoe.files import write_atomically
+from diffmoe.visualization.language import Language, say, speaking
+from diffmoe.visualization.style import figure_language, styled
+
+TEMPLATE = "page.html"
+HTML_LANGUAGES: dict[Language, str] = {"en": "en", "zh": "zh-Hans"}
+LARGEST_SVG = 150_000
+"""A figure whose SVG is larger, in bytes, is embedded as PNG: one of many points or pictures."""
+PNG_DPI = 150
+HOW_TO_READ = "How to read it: "
+"""How the docstring of a figure's function begins."""
+
+Table = Sequence[Sequence[object]]
+"""Rows of cells; the first row is the heads of the columns."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the report."""
+
+    title: str
+    figure: Figure | Sequence[Figure] | None
+    reading: str
+    """One sentence that says how to read the figures."""
+    note: str = ""
+    """What the figures show here: a number to remember, how many pictures it is of."""
+    table: Table = ()
+
+    @property
+    def figures(self) -> tuple[Figure, ...]:
+        """None, one or several."""
+        if self.figure is None:
+            return ()
+        return (self.figure,) if isinstance(self.figure, Figure) else tuple(self.figure)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What stands above the sections."""
+
+    summary: Sequence[tuple[str, object]] = ()
+    """Name and value: the data, the accuracy, the number of parameters."""
+    notes: Sequence[str] = ()
+    """What the reader must know first, such as what was left out and why."""
+    settings: Sequence[tuple[str, object]] = ()
+    """The model's config, folded away."""
+    command: str = ""
+    """What made the report."""
+
+
+def how_to_read(draw: Callable[..., Figure]) -> str:
+    """The sentence that the docstring of a figure's function begins with, in the current language."""
+    first_line = (draw.__doc__ or "").partition("\n")[0]
+    if not first_line.startswith(HOW_TO_READ):
+        raise ValueError(f"the docstring of {draw.__name__} must begin with {HOW_TO_READ!r}")
+    return say(first_line.removeprefix(HOW_TO_READ))
+
+
+def write_report(
+    path: Path, title: str, sections: Iterable[Section], language: Language, facts: Facts = Facts()
+) -> Path:
+    """Write the page; `sections` may be a generator: each one's figures are kept as text only, then the next is made.
+
+    Whatever texts hold, such as a class called "<script>", is shown as it is. Raises `UserError` where the file cannot
+    be written.
+    """
+    with speaking(language):
+        kept = [(replace(section, figure=None), _embed(section)) for section in sections]
+        notes = list(facts.notes)
+        if figure_language() != language:
+            notes.append(say("The figures are in English: no font that has Chinese characters is installed here."))
+        page = _template().render(
+            language=HTML_LANGUAGES[language],
+            title=title,
+            facts=replace(facts, notes=notes),
+            sections=kept,
+            words={
+                "contents": say("Contents"),
+                "reading": say("How to read it: "),
+                "settings": say("Settings of the model"),
+                "command": say("Command"),
+                "enlarge": say("Enlarge: {title}"),
+                "top": say("Back to the top"),
+                "hint": say("A tap on a figure shows it at full size."),
+            },
+        )
+    write_atomically(path, lambda unfinished: unfinished.write_text(page, encoding="utf-8"))
+    return path
+
+
+def _template() -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(TEMPLATE)
+
+
+def _embed(section: Section) -> list[tuple[str, str, int]]:
+    """For each figure of a section its address, which holds all of it, its alt text, and its width in CSS pixels."""
+    embedded, count = [], len(section.figures)
+    for number, figure in enumerate(section.figures, 1):
+        alt = section.title if count == 1 else f"{section.title} ({number}/{count})"
+        embedded.append((data_uri(figure), alt, round(96 * figure.get_figwidth())))
+    return embedded
+
+
+def data_uri(figure: Figure) -> str:
+    """The figure as the address of an `<img>`: SVG, which is sharp at any size, or PNG where that would be large.
+
+    As an image rather than as elements of the page: no id of one figure meets those of another, and no text in it can
+    become code.
+    """
+    svg = _rendered(figure, "svg")
+    if len(svg) <= LARGEST_SVG:
+        return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
+    return f"data:image/png;base64,{base64.b64encode(_rendered(figure, 'png')).decode()}"
+
+
+def _rendered(figure: Figure, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    # No date: the same figures make the same page.
+    metadata = {"Date": None} if kind == "svg" else None
+    with styled():
+        figure.savefig(buffer, format=kind, dpi=PNG_DPI, metadata=metadata)
+    return buffer.getvalue()

@@ -1,0 +1,145 @@
+"""Saving and loading a model file that stands alone.
+
+A model file is a dict of tensors, numbers and strings that `torch.load(weights_only=True)` opens: a pickle with code
+in it is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import pickle
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffmoe.config import DataConfig, ModelConfig, UserError
+from diffmoe.data.loading import Dataset
+from diffmoe.data.pictures import PictureSpec
+from diffmoe.files import write_atomically
+from diffmoe.model.captioner import Captioner
+from diffmoe.model.heads import Head, ImageClassifier
+
+MODEL_FORMAT = "diffmoe-model-1"
+
+HEADS: dict[str, type[Head]] = {head.kind: head for head in (ImageClassifier, Captioner)}
+"""By what a model file calls each; a file that says nothing holds a classifier."""
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """What a model must know of the data it was trained on to be used without it."""
+
+    dataset: str
+    class_names: tuple[str, ...]
+    """Empty where the pictures have captions."""
+    mean: tuple[float, ...]
+    """Of the training pictures in [0, 1], a channel."""
+    std: tuple[float, ...]
+    val_fraction: float
+    test_fraction: float
+    split_seed: int
+    """How the set was split, so that testing never meets what training saw."""
+
+    @classmethod
+    def of(cls, data: Dataset, config: DataConfig) -> DataInfo:
+        """Of a set that was loaded with `config`."""
+        splits = {name: getattr(config, name) for name in SPLITTING}
+        return cls(data.name, data.class_names, data.picture.mean, data.picture.std, **splits)
+
+    def split_as_trained(self, config: DataConfig) -> DataConfig:
+        """The same data, split as it was for training."""
+        return dataclasses.replace(config, **{name: getattr(self, name) for name in SPLITTING})
+
+
+SPLITTING = ("val_fraction", "test_fraction", "split_seed")
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """A loaded model file."""
+
+    model: Head
+    """On the CPU, in evaluation mode."""
+    data: DataInfo
+
+    @property
+    def picture(self) -> PictureSpec:
+        """What a picture is to the model."""
+        config = self.model.config
+        return PictureSpec(config.img_size, config.in_channels, self.data.mean, self.data.std)
+
+
+def save_model(path: Path, model: Head, data: DataInfo, state: Mapping[str, Any] | None = None) -> None:
+    """Write a model with the config that made it and what it needs to know of its data.
+
+    `state` is its state dict where it had to be gathered.
+    """
+    content = {
+        "format": MODEL_FORMAT,
+        "head": model.kind,
+        "model_config": dataclasses.asdict(model.config),
+        "data": dataclasses.asdict(data),
+        "state_dict": model.state_dict() if state is None else state,
+    }
+    write(path, content)
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Save atomically. Through memory: torch reports a full disk as a failure of its own."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomically(path, lambda unfinished: unfinished.write_bytes(buffer.getbuffer()))
+
+
+def read(path: str | Path, kind: str) -> dict[str, Any]:
+    """The dict in a file that this program wrote. Raises `UserError` naming the path and what is wrong with it.
+
+    `kind` is the format expected: `MODEL_FORMAT` for a model file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} does not exist")
+    # Only torch's zip files are ours: nothing else is unpickled at all, not even warily.
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"checkpoint {path} is truncated or is not a checkpoint")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"checkpoint {path} is refused: it holds code, not only tensors") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"checkpoint {path} is truncated or is not a checkpoint") from error
+    found = content.get("format") if isinstance(content, dict) else None
+    if not isinstance(found, str) or found != kind:
+        was = found if isinstance(found, str) else "something else"
+        raise UserError(f"checkpoint {path} is not a {kind} file but {was}")
+    return content
+
+
+def load_model_file(path: str | Path) -> ModelFile:
+    """A model file. Raises `UserError` naming the path and what is wrong with it."""
+    content = read(path, MODEL_FORMAT)
+    try:
+        state: dict[str, torch.Tensor] = content["state_dict"]
+        config = ModelConfig(**content["model_config"])
+        data = DataInfo(**content["data"])
+        model = _head(content.get("head", ImageClassifier.kind)).restore(config, state)
+        model.load_state_dict(state)
+    except (TypeError, RuntimeError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"checkpoint {path} does not fit this version: {' '.join(str(error).split())[:200]}") from error
+    return ModelFile(model.eval(), data)
+
+
+def _head(kind: object) -> type[Head]:
+    if not isinstance(kind, str) or kind not in HEADS:
+        raise ValueError(f"head is {kind!r}: it must be one of {', '.join(HEADS)}")
+    return HEADS[kind]
+
+
+def load_model(path: str | Path) -> Head:
+    """The model in a file such as `cifar10_model.pth`, in evaluation mode, on the CPU."""
+    return load_model_file(path).model

@@ -1,0 +1,150 @@
+"""The task of telling classes apart."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffmoe.config import GenerationConfig, ModelConfig, UserError
+from diffmoe.config.settings import Settings
+from diffmoe.data.batches import Batches, PictureBatches
+from diffmoe.data.descriptions import class_descriptions
+from diffmoe.data.loading import Dataset
+from diffmoe.data.pictures import PictureSpec
+from diffmoe.data.splits import Split
+from diffmoe.data.text import tokenize
+from diffmoe.evaluation.classification import classification_metrics, pick_examples, predict
+from diffmoe.evaluation.passes import Autocast, Scores, run_over
+from diffmoe.model.heads import ImageClassifier
+from diffmoe.tasks.base import Metrics, Runtime, Task, Tested
+
+
+class Classification(Task):
+    """Pictures with labels; one head on the picture's embedding, and the descriptions of the classes beside it."""
+
+    data_kind = "classification"
+    head = ImageClassifier
+    curve = "Accuracy"
+    sections = (
+        *("scores", "training_curves", "predictions", "confusion_matrix", "calibration", "per_class", "utilization"),
+        *("load_over_time", "routing_maps", "favourite_patches", "specialization", "coactivation"),
+        *("router_confidence", "attention_maps", "attention_rollout", "class_maps", "embedding_space"),
+        "without_experts",
+    )
+
+    def build(self, settings: Settings, data: Dataset) -> ImageClassifier:
+        """With as many classes as the data has."""
+        found = len(data.class_names)
+        if "num_classes" in settings.given and settings.model.num_classes != found:
+            raise UserError(f"num_classes is {settings.model.num_classes}: {data.name} has {found} classes")
+        config = dataclasses.replace(settings.model, num_classes=found)
+        return ImageClassifier(config, *class_tokens(data.known_as, data.class_names, config.max_text_len))
+
+    def made_up(self, settings: Settings) -> ImageClassifier:
+        """Its class descriptions are templates of made-up names."""
+        config = settings.model
+        names = [f"class {number}" for number in range(config.num_classes)]
+        return ImageClassifier(config, *class_tokens(settings.data.dataset, names, config.max_text_len))
+
+    def noise(self, model: Any, batch_size: int) -> Sequence[Tensor]:
+        config = model.config
+        images = torch.randn(batch_size, config.in_channels, config.img_size, config.img_size)
+        return images, torch.randint(config.num_classes, (batch_size,))
+
+    def batches(
+        self, model: ModelConfig, split: Split, picture: PictureSpec, batch_size: int, **options: Any
+    ) -> Batches:
+        """Pictures and labels."""
+        return Batches(split, batch_size, picture=picture, **options)
+
+    def validate(self, model: Any, batches: PictureBatches[Split], autocast: Autocast = nullcontext) -> Metrics:
+        scores = Scores(model)
+        run_over(model, batches.epoch(), scores, autocast=autocast)
+        return {"val_loss": scores.loss, "val_accuracy": scores.accuracy}
+
+    def test(self, model: Any, data: Dataset, runtime: Runtime, settings: Settings) -> Tested:
+        """Accuracy, confusion, calibration."""
+        from diffmoe.visualization import figures
+
+        batches = self.in_order(model.config, data.test, data.picture, runtime)
+        predictions = predict(model, batches.epoch(), autocast=runtime.autocast)
+        found = classification_metrics(predictions, len(data.class_names))
+        shown = pick_examples(predictions, settings.visualization.examples, seed=0)
+        names = data.class_names
+        drawn = {
+            "confusion_matrix": figures.confusion_matrix(torch.tensor(found["confusion_matrix"]), names),
+            "predictions": figures.prediction_grid(
+                data.test.images[shown], data.test.labels[shown], predictions.probabilities[shown], names
+            ),
+            "calibration": figures.reliability_diagram(predictions),
+            "per_class": figures.per_class(
+                found["precision"], found["recall"], names, settings.visualization.weakest_classes
+            ),
+        }
+        named = {name if name == "zero_shot_accuracy" else f"test_{name}": value for name, value in found.items()}
+        return Tested({**named, "class_names": list(names)}, drawn)
+
+    def report_lines(self, metrics: dict[str, Any], data: Dataset) -> list[str]:
+        shown = {
+            "test_accuracy": "accuracy",
+            "test_top5_accuracy": "top-5 accuracy",
+            "zero_shot_accuracy": "zero-shot accuracy, by descriptions",
+            "test_ece": "calibration error",
+        }
+        lines = [f"  {label:36}{metrics[name]:7.2%}" for name, label in shown.items() if name in metrics]
+        width = max(len(name) for name in data.class_names)
+        lines.append(f"  {'class':{width}}  precision  recall")
+        for name, precision, recall in zip(
+            data.class_names, metrics["test_precision"], metrics["test_recall"], strict=True
+        ):
+            lines.append(f"  {name:{width}}  {precision:9.1%}  {recall:6.1%}")
+        return lines
+
+    def classify(self, model: ImageClassifier, pictures: Tensor, constants: dict[str, Any]) -> Tensor:
+        return model.classify(pictures, **constants).logits.softmax(-1).cpu()
+
+    def caption(self, model: Any, pictures: Tensor, config: GenerationConfig, seed: int) -> list[str]:
+        """It cannot."""
+        raise UserError(
+            "this model tells classes apart: captions need one that was trained on captions, as on flickr8k"
+        )
+
+    def compare(
+        self, model: ImageClassifier, pictures: Tensor, text: str, constants: dict[str, Any]
+    ) -> list[dict[str, Any]]:
+        """`with_text`, the classes given both.
+
+        Picture and text are taken as independent given the class: their product, scaled, is the probability given both.
+        """
+        classes = constants["classes"]
+        tokens, mask = (t.to(pictures.device) for t in tokenize([text], model.config.max_text_len))
+        similarity = classes.embedding @ model.backbone.encode_text(tokens, mask)[0]
+        given_text = (model.backbone.scale * similarity).softmax(-1).cpu()
+        both = self.classify(model, pictures, constants) * given_text
+        return [{"with_text": row} for row in both / both.sum(1, keepdim=True)]
+
+    def reads_texts(self, model: ImageClassifier) -> bool:
+        """With the descriptions of its classes."""
+        return model.class_tokens is not None
+
+    def answered(self, model: ImageClassifier, pictures: Tensor, config: GenerationConfig) -> Sequence[Tensor]:
+        """A class is read from the picture alone."""
+        return (pictures,)
+
+    def examples(self, split: Split, count: int) -> Tensor:
+        """The first picture of each of some classes."""
+        first = [int((split.labels == label).nonzero()[0]) for label in split.labels.unique().tolist()]
+        return torch.tensor(first[:: -(-len(first) // count)][:count])
+
+
+def class_tokens(dataset: str, class_names: Sequence[str], max_len: int) -> tuple[Tensor, Tensor]:
+    """The classes' descriptions as (C, S, T) tokens and mask."""
+    sentences = class_descriptions(dataset, class_names)
+    tokens, mask = tokenize([sentence for of_class in sentences for sentence in of_class], max_len)
+    shape = (len(sentences), len(sentences[0]))
+    return tokens.unflatten(0, shape), mask.unflatten(0, shape)

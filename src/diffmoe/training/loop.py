@@ -1,0 +1,253 @@
+"""The training loop: accumulation, validation, early stopping, exact resume.
+
+`fit` is handed all it needs and can be read top to bottom. Data order and augmentation are functions of
+(seed, epoch, batch), so that an exact resume needs the position, the weights, the optimizer and each rank's RNG only.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from tqdm import tqdm
+
+from diffmoe.config import TrainingConfig, UserError
+from diffmoe.data.batches import PictureBatches
+from diffmoe.storage.run_files import Metrics
+from diffmoe.training.objective import Sums, Trainee, means
+from diffmoe.training.optimizer import learning_rate
+from diffmoe.training.parallel import any_of, total
+
+
+@dataclass
+class Progress:
+    """Where a run stands: all of it that is not weights."""
+
+    epoch: int = 0
+    """Finished epochs."""
+    window: int = 0
+    """Optimizer steps done in the current epoch."""
+    step: int = 0
+    """Optimizer steps done in all."""
+    pictures: int = 0
+    """Pictures seen in all, over all devices."""
+    seconds: float = 0.0
+    """Time spent in training, validation apart."""
+    best: float | None = None
+    """Best validation score so far."""
+    epochs_since_best: int = 0
+    sums: Sums = field(default_factory=dict)
+    """Of this rank's current epoch. On the device until somebody reads."""
+    history: list[Metrics] = field(default_factory=list)
+    """One row for each finished epoch."""
+
+    @property
+    def is_best(self) -> bool:
+        """Whether the weights are the best so far: just validated as such, or there was no validation yet."""
+        return self.best is None or (self.window == 0 and self.epochs_since_best == 0)
+
+    def add(self, sums: Sums, world_size: int) -> None:
+        """One more step."""
+        self.sums = {name: self.sums.get(name, 0) + value for name, value in sums.items()}
+        self.step += 1
+        self.window += 1
+        self.pictures += int(sums["pictures"]) * world_size
+
+    def state(self) -> dict[str, Any]:
+        """As a dict of tensors and numbers, for a checkpoint."""
+        return dict(vars(self))
+
+
+class StopRequested(Exception):  # noqa: N818 - it is a request, not an error
+    """Ctrl-C or SIGTERM: the step was finished and the run saved."""
+
+    def __init__(self, received: list[int]) -> None:
+        self.signal_number = received[0] if received else signal.SIGTERM  # none: another rank was told
+        super().__init__(signal.Signals(self.signal_number).name)
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What `fit` calls on its way. All ranks call all of them."""
+
+    validate: Callable[[], Metrics]
+    """Scores the model."""
+    save: Callable[[Progress], None]
+    """After each epoch, and before stopping on a signal: save everything."""
+    tell: Callable[[Progress], None]
+    """After an epoch is saved: write the history."""
+    estimate: Callable[[float], None]
+    """Once, early on: the whole training's expected seconds."""
+
+
+def fit(
+    trainee: Trainee, train: PictureBatches[Any], hooks: Hooks, progress: Progress, monitor: str = "val_accuracy"
+) -> Progress:
+    """Train to the end of `config.epochs`, or until validation stops improving.
+
+    Args:
+        trainee: the model, its optimizer and the loop's settings.
+        train: training batches of this rank.
+        hooks: what to call on the way.
+        progress: where to start: a fresh `Progress()`, or a saved one to resume. Updated in place.
+        monitor: the metric of `validate` that is to rise.
+
+    Raises:
+        StopRequested: on SIGINT or SIGTERM, after the current step was finished and saved.
+        UserError: when the loss is no longer finite; what has diverged is never saved.
+    """
+    fabric, config = trainee.fabric, trainee.config
+    steps_per_epoch = math.ceil(len(train) / config.accumulation_steps)
+    total_steps = config.epochs * steps_per_epoch
+    estimate_at = progress.step + 20
+    with _signals() as received:
+        while progress.epoch < config.epochs and not _is_stale(progress, config):
+            trainee.objective.train()
+            batches = iter(train.epoch(progress.epoch, start=progress.window * config.accumulation_steps))
+            with _bar(fabric, progress, config.epochs, steps_per_epoch) as bar:
+                clock = _Clock(fabric, progress)
+                while window := list(itertools.islice(batches, config.accumulation_steps)):
+                    rate = learning_rate(progress.step, total_steps, config)
+                    try:
+                        sums = trainee.step(window, rate)
+                    except FloatingPointError as error:  # the router met what is not a number
+                        raise _diverged(math.nan, progress.step) from error
+                    progress.add(sums, fabric.world_size)
+                    clock.read()
+                    _show(fabric, bar, progress, total_steps)
+                    if progress.step == estimate_at:
+                        hooks.estimate(progress.seconds / progress.step * total_steps)
+                    if _told_to_stop(fabric, received, progress):
+                        _finite_means(fabric, progress)
+                        hooks.save(progress)
+                        raise StopRequested(received)
+                clock.read(wait=True)
+            averages = _finite_means(fabric, progress)
+            # From the first rank: all must agree on what is best, and on when to stop.
+            validation = fabric.broadcast(hooks.validate())
+            last_rate = learning_rate(progress.step - 1, total_steps, config)
+            _finish_epoch(progress, last_rate, averages, validation, monitor)
+            hooks.save(progress)
+            hooks.tell(progress)
+            if _told_to_stop(fabric, received, progress):
+                raise StopRequested(received)
+    return progress
+
+
+class _Clock:
+    """Adds the time that training takes to `progress`, validation apart."""
+
+    def __init__(self, fabric: Fabric, progress: Progress) -> None:
+        self.device, self.progress = fabric.device, progress
+        self.last = time.perf_counter()
+
+    def read(self, wait: bool = False) -> None:
+        """`wait` for a GPU, which would still be at work on what it was told: once an epoch."""
+        if wait and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.progress.seconds += now - self.last
+        self.last = now
+
+
+def _finish_epoch(progress: Progress, rate: float, averages: Metrics, validation: Metrics, monitor: str) -> None:
+    if not math.isfinite(loss := validation.get("val_loss", 0.0)):
+        raise _diverged(loss, progress.step)
+    progress.epoch += 1
+    progress.history.append(
+        {
+            "epoch": progress.epoch,
+            "step": progress.step,
+            "lr": rate,
+            "train_loss": averages.pop("loss"),
+            "train_accuracy": averages.pop("accuracy"),
+            **averages,
+            **validation,
+            "images_per_second": progress.pictures / progress.seconds,
+            "seconds": progress.seconds,
+        }
+    )
+    improved = progress.best is None or validation[monitor] > progress.best
+    progress.best = validation[monitor] if improved else progress.best
+    progress.epochs_since_best = 0 if improved else progress.epochs_since_best + 1
+    progress.window, progress.sums = 0, {}
+
+
+def _finite_means(fabric: Fabric, progress: Progress) -> Metrics:
+    """Of all ranks, so that all of them stop where the loss is no number."""
+    names = list(progress.sums)
+    everywhere = total(fabric, torch.stack([progress.sums[name].float().cpu() for name in names]))
+    averages = means(dict(zip(names, everywhere, strict=True)))
+    if not math.isfinite(averages["loss"]):
+        raise _diverged(averages["loss"], progress.step)
+    return averages
+
+
+def _diverged(loss: float, step: int) -> UserError:
+    return UserError(f"the loss is {loss} at step {step}: lower --lr or raise --warmup_fraction")
+
+
+def _is_stale(progress: Progress, config: TrainingConfig) -> bool:
+    return 0 < config.patience <= progress.epochs_since_best
+
+
+def _bar(fabric: Fabric, progress: Progress, epochs: int, steps: int) -> tqdm[Any]:
+    return tqdm(
+        desc=f"epoch {progress.epoch + 1}/{epochs}",
+        total=steps,
+        initial=progress.window,
+        unit="step",
+        leave=False,
+        bar_format="{desc} {percentage:3.0f}%|{bar:20}| {postfix}",
+        disable=None if fabric.is_global_zero else True,  # None: shown on a terminal only
+    )
+
+
+def _show(fabric: Fabric, bar: tqdm[Any], progress: Progress, total_steps: int) -> None:
+    """Move the bar; its numbers wait for the device, so they are read only when it is redrawn."""
+    if not bar.update() or bar.disable:
+        return
+    averages = means(progress.sums)
+    if fabric.world_size == 1 and not math.isfinite(averages["loss"]):
+        raise _diverged(averages["loss"], progress.step)
+    left = time.strftime("%H:%M:%S", time.gmtime(progress.seconds / progress.step * (total_steps - progress.step)))
+    told = f"loss {averages['loss']:.3f}  accuracy {averages['accuracy']:.1%}"
+    bar.set_postfix_str(f"{told}  {progress.pictures / progress.seconds:,.0f} images/s  {left} left", refresh=False)
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect the first SIGINT or SIGTERM instead of dying of it; a second one does what it always did."""
+    received: list[int] = []
+    former: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def receive(number: int, _frame: Any) -> None:
+        received.append(number)
+        signal.signal(number, former[number])
+
+    for number in former:
+        signal.signal(number, receive)
+    try:
+        yield received
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def _told_to_stop(fabric: Fabric, received: list[int], progress: Progress) -> bool:
+    """Whether any rank got a signal: all must leave after the same step. All raise where one's loss is no number."""
+    if fabric.world_size == 1:
+        return bool(received)
+    diverged = bool(progress.sums) and not math.isfinite(float(progress.sums["task_loss"]))
+    stop, any_diverged = any_of(fabric, bool(received), diverged)
+    if any_diverged:
+        raise _diverged(math.nan, progress.step)
+    return stop

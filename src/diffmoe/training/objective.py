@@ -1,0 +1,135 @@
+"""What training minimises, and one step of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from diffmoe.config import TrainingConfig
+from diffmoe.model.heads import Head
+from diffmoe.training.optimizer import make_optimizer
+from diffmoe.training.parallel import total
+
+Sums = dict[str, Tensor]
+"""Metrics times what they are means over, with `pictures` and `targets`, how many of these there were."""
+BY_TARGET = ("task_loss", "accuracy")
+"""The metrics that are means over targets (classes, words); all others are means over pictures."""
+
+
+class Step(NamedTuple):
+    """What the objective makes of a batch."""
+
+    task_loss: Tensor
+    """Mean over the batch's targets."""
+    own_loss: Tensor
+    """The model's own losses, weighted and summed: a mean over pictures."""
+    accuracy: Tensor
+    parts: dict[str, Tensor]
+    """The model's own losses one by one."""
+    loads: dict[str, Tensor]
+    """(E,) tokens that each expert of a routed block got, by the block's `<place>_<layer>`."""
+
+
+class Objective(nn.Module):
+    """A head's cross-entropy beside the model's weighted auxiliary losses.
+
+    A module, because what wraps models for several devices carries no other return value.
+
+    Args:
+        model: the head.
+        label_smoothing: mass spread evenly over the classes, or the tokens that can be written.
+    """
+
+    def __init__(self, model: Head, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.model = model
+        self.label_smoothing = label_smoothing
+
+    def forward(self, *batch: Tensor) -> Step:
+        """A batch of the head's data."""
+        output = self.model.run(batch, need_losses=True)
+        assert output.losses is not None
+        score = self.model.score(batch, output, self.label_smoothing)
+        loads = {f"{routing.place}_{routing.layer}": routing.tokens_per_expert for routing in output.routing}
+        return Step(score.loss, output.losses.router_loss, score.accuracy, output.losses.parts(), loads)
+
+
+class Trainee:
+    """A model with all that a training step takes.
+
+    Args:
+        fabric: launched.
+        model: changed in place.
+        config: the loop's settings.
+    """
+
+    def __init__(self, fabric: Fabric, model: Head, config: TrainingConfig) -> None:
+        self.fabric, self.model, self.config = fabric, model, config
+        objective = Objective(model, config.label_smoothing)
+        compiled = cast(nn.Module, torch.compile(objective)) if config.compile else objective
+        self.objective, self.optimizer = fabric.setup(compiled, make_optimizer(model, config))
+        self.routers = model.backbone.routers() if model.config.balance_bias_rate > 0 else {}
+
+    def step(self, window: Sequence[Sequence[Tensor]], rate: float) -> Sums:
+        """One optimizer step on a window of batches, as on one batch of them all, ragged or not.
+
+        The task's gradient is that of the mean over all targets of all ranks' windows; that of the model's own losses
+        the mean over pictures of what each batch has, as they look at whole batches.
+
+        Returns:
+            This rank's sums; tensors, so that nothing waits for the device.
+        """
+        fabric = self.fabric
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        pictures = [len(batch[0]) for batch in window]
+        targets = torch.stack([torch.as_tensor(self.model.num_targets(batch)) for batch in window]).float()
+        sums: Sums = {"pictures": torch.tensor(float(sum(pictures))), "targets": targets.sum()}
+        share = total(fabric, torch.stack([targets.new_tensor(sum(pictures)), targets.sum()]), mean=True).clamp_min(1)
+        loads: dict[str, Tensor] = {}
+        for number, batch in enumerate(window):
+            # Gradients travel between devices once a window, with its last batch.
+            with fabric.no_backward_sync(self.objective, enabled=number + 1 < len(window)):
+                step: Step = self.objective(*batch)
+                of_task, of_own = targets[number] / share[1], pictures[number] / share[0]
+                fabric.backward(step.task_loss * of_task + step.own_loss * of_own)
+            _add(sums, step, pictures[number], targets[number])
+            for name, load in step.loads.items():
+                loads[name] = loads.get(name, 0) + load
+        if self.config.clip_norm > 0:
+            fabric.clip_gradients(
+                self.objective, self.optimizer, max_norm=self.config.clip_norm, error_if_nonfinite=False
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._balance(loads)
+        return sums
+
+    def _balance(self, loads: dict[str, Tensor]) -> None:
+        """Move the routers' biases by the load of the whole window on all devices: never inside `forward`, which
+        gradient checkpointing runs twice.
+        """
+        for name, router in self.routers.items():
+            if name in loads:
+                router.update_balance_bias(total(self.fabric, loads[name]), self.model.config.balance_bias_rate)
+
+
+def _add(sums: Sums, step: Step, pictures: int, targets: Tensor) -> None:
+    metrics: dict[str, Any] = {"task_loss": step.task_loss, "own_loss": step.own_loss, "accuracy": step.accuracy}
+    for name, value in {**metrics, **step.parts}.items():
+        sums[name] = sums.get(name, 0) + value.detach() * (targets if name in BY_TARGET else pictures)
+
+
+def means(sums: Sums) -> dict[str, float]:
+    """The metrics, with `loss`, what is minimised: the task's and the model's own. Waits for the device."""
+    pictures, targets = float(sums["pictures"]), max(float(sums["targets"]), 1.0)
+    found = {
+        name: float(value) / (targets if name in BY_TARGET else pictures)
+        for name, value in sums.items()
+        if name not in ("pictures", "targets")
+    }
+    return {"loss": found["task_loss"] + found.pop("own_loss"), **found}

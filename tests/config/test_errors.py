@@ -1,0 +1,37 @@
+"""A user's mistake: the nearest name, and a check that says what would be right."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from diffmoe.config.errors import UserError, check, check_at_least, check_at_most, check_fraction, nearest
+
+
+def test_nearest():
+    assert nearest("top_kk", ["lr", "top_k"]) == " (did you mean 'top_k'?)"
+    assert nearest("zzz", ["lr", "top_k"]) == ""
+
+
+def test_a_check_names_the_first_field_that_fails():
+    config = SimpleNamespace(a=1, b=-1, c=-2)
+    with pytest.raises(UserError, match=r"^b is -1: it must be at least 0$"):
+        check_at_least(config, 0, "a", "b", "c")
+    with pytest.raises(UserError, match=r"^a is 1: it must be at most 0$"):
+        check_at_most(config, 0, "b", "a")
+    with pytest.raises(UserError, match=r"^a is 1: it must be from 0 up to, but not including, 1$"):
+        check_fraction(config, "a")
+    with pytest.raises(UserError, match=r"^name is 'x': it must be y$"):
+        check(False, "name", "x", "y")
+
+
+def test_the_bounds_themselves_are_allowed():
+    config = SimpleNamespace(a=0, b=0.999)
+    check_at_least(config, 0, "a")
+    check_at_most(config, 0, "a")
+    check_fraction(config, "a", "b")
+
+
+def test_it_is_no_other_mistake():
+    assert issubclass(UserError, ValueError)  # Python's users catch it as one

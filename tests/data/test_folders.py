@@ -1,0 +1,95 @@
+"""Class folders: what is read, what is ignored, and what a mistake in the layout says."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tests.data.samples import load, pixels
+
+from diffmoe.config import UserError
+from diffmoe.data.pictures import LazyImages, PictureSpec
+
+
+def test_pictures_and_labels_belong_together(picture_folder: Path) -> None:
+    data = load(picture_folder)
+    assert (data.name, data.class_names) == ("pets", ("bird", "cat", "dog"))
+    assert (len(data.train), len(data.validation), len(data.test)) == (27, 3, 12)
+    paths = sorted((picture_folder / "test").rglob("*.png"))
+    for index, path in enumerate(paths):
+        assert data.class_names[data.test.labels[index]] == path.parent.name
+        assert torch.equal(data.test.images[index], PictureSpec(8, 3).read(path))
+
+
+def test_own_validation_split_is_taken_as_it_is(picture_folder: Path) -> None:
+    shutil.copytree(picture_folder / "test", picture_folder / "val")
+    data = load(picture_folder)
+    assert len(data.train) == 30
+    assert torch.equal(pixels(data.validation), pixels(data.test))
+
+
+def test_class_folders_without_train_are_split_three_ways(picture_folder: Path) -> None:
+    data = load(picture_folder / "train")
+    assert (len(data.train), len(data.validation), len(data.test)) == (21, 3, 6)
+
+
+def test_what_is_no_picture_is_ignored(picture_folder: Path) -> None:
+    (picture_folder / "train/cat/notes.txt").write_text("no picture")
+    (picture_folder / "train/cat/.hidden.png").write_text("no picture")
+    (picture_folder / "train/.cache").mkdir()
+    nested = picture_folder / "train/cat/more/deep"
+    nested.mkdir(parents=True)
+    Image.new("L", (3, 3)).save(nested / "UPPER.JPG", "JPEG")
+    data = load(picture_folder)
+    assert data.class_names == ("bird", "cat", "dog")
+    assert len(data.train) + len(data.validation) == 31
+
+
+def test_lazy_equals_in_memory(picture_folder: Path) -> None:
+    memory, lazy = load(picture_folder), load(picture_folder, max_memory_gb=0)
+    assert lazy.picture == memory.picture  # the sample for the statistics is the whole set here
+    for name in ("train", "validation", "test"):
+        a, b = getattr(memory, name), getattr(lazy, name)
+        assert isinstance(b.images, LazyImages)
+        assert torch.equal(a.labels, b.labels)
+        assert torch.equal(a.images, pixels(b))
+
+
+def test_a_damaged_picture_is_named_by_its_path(picture_folder: Path) -> None:
+    path = picture_folder / "train/dog/03.png"
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(UserError, match=r"train/dog/03\.png cannot be decoded"):
+        load(picture_folder)
+
+
+def test_mistakes_in_the_layout(picture_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(picture_folder, tmp_path / "whole")
+    (picture_folder / "train/fish").mkdir()
+    with pytest.raises(UserError, match="train/fish holds no pictures"):
+        load(picture_folder)
+    (picture_folder / "train/fish").rmdir()
+
+    (picture_folder / "test/dog").rename(picture_folder / "test/dgo")
+    with pytest.raises(UserError, match=r"test/dgo is a class that is not in .*train \(did you mean 'dog'\?\)"):
+        load(picture_folder)
+
+    (tmp_path / "flat/train").mkdir(parents=True)
+    with pytest.raises(UserError, match="flat/train has no class folders"):
+        load(tmp_path / "flat")
+
+    shutil.copytree(tmp_path / "whole/test", tmp_path / "whole/val")
+    shutil.copytree(tmp_path / "whole/test", tmp_path / "whole/validation")
+    with pytest.raises(UserError, match=r"whole has both validation and val, which are one split: keep one of them"):
+        load(tmp_path / "whole")
+
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(UserError, match=r"nothing holds no dataset: it must hold train-\*\.parquet"):
+        load(tmp_path / "nothing")
+
+
+def test_a_class_too_small_to_split(picture_folder: Path) -> None:
+    for path in sorted((picture_folder / "train/cat").iterdir())[1:]:
+        path.unlink()
+    with pytest.raises(UserError, match="class 'cat' has only 1 picture"):
+        load(picture_folder)

@@ -1,0 +1,71 @@
+"""The task of telling classes apart."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from diffmoe import load_model
+from diffmoe.config import DataConfig, UserError
+from diffmoe.config.settings import parse_settings
+from diffmoe.data.descriptions import class_descriptions
+from diffmoe.data.loading import Dataset, load_dataset
+from diffmoe.data.pictures import PictureSpec
+from diffmoe.data.text import detokenize, tokenize
+from diffmoe.tasks.base import Runtime
+from diffmoe.tasks.classification import Classification, class_tokens
+
+TASK = Classification()
+
+
+@pytest.fixture
+def digits() -> Dataset:
+    return load_dataset(DataConfig(test_fraction=0.7, val_fraction=0.5), PictureSpec(8, 1))
+
+
+def test_a_model_gets_as_many_classes_as_the_data_has(digits: Dataset, tiny_flags: list[str]) -> None:
+    flowers = dataclasses.replace(digits, class_names=("rose", "tulip"), known_as="flowers")
+    model = TASK.build(parse_settings(tiny_flags, mode="train"), flowers)
+    assert model.config.num_classes == model.head.out_features == 2
+    with pytest.raises(UserError, match=r"num_classes is 3: digits has 10 classes"):
+        TASK.build(parse_settings([*tiny_flags, "--num_classes", "3"], mode="train"), digits)
+
+
+def test_class_tokens_are_the_descriptions() -> None:
+    names = ("airplane", "cat")
+    tokens, mask = class_tokens("cifar10", names, 32)
+    sentences = class_descriptions("cifar10", names)
+    assert tokens.shape == mask.shape == (2, len(sentences[0]), tokens.shape[-1])
+    for row, expected in zip(tokens, sentences, strict=True):
+        assert detokenize(row) == detokenize(tokenize(list(expected), 32)[0])
+
+
+def test_validation_is_over_all_pictures_whatever_the_batches(trained: Any, digits: Dataset) -> None:
+    model: Any = load_model(trained.model)
+    split = digits.validation
+    with torch.no_grad():
+        logits = model(digits.picture.normalize(split.images))["logits"]
+    loss, accuracy = F.cross_entropy(logits, split.labels), (logits.argmax(-1) == split.labels).float().mean()
+    for batch_size in (1000, 64):
+        batches = TASK.batches(model.config, split, digits.picture, batch_size)
+        found = TASK.validate(model, batches)
+        assert found == {"val_loss": pytest.approx(float(loss)), "val_accuracy": pytest.approx(float(accuracy))}
+    in_order = TASK.in_order(model.config, split, digits.picture, Runtime(torch.device("cpu")))
+    assert TASK.validate(model, in_order) == pytest.approx(found)
+
+
+def test_examples_are_of_different_classes(digits: Dataset) -> None:
+    for count, expected in ((10, 10), (4, 4), (99, 10), (1, 1)):
+        rows = TASK.examples(digits.test, count)
+        labels = digits.test.labels[rows].tolist()
+        assert len(labels) == len(set(labels)) == expected
+
+
+def test_other_classes_than_the_models_are_refused(digits: Dataset) -> None:
+    TASK.check_data(tuple("0123456789"), digits, "model.pth")
+    with pytest.raises(UserError, match=r"model\.pth was trained on other classes than those of digits"):
+        TASK.check_data(("a", "b"), digits, "model.pth")

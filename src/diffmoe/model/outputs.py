@@ -52,6 +52,10 @@ class TextFeatures:
     attention: tuple[AttentionMap, ...] = ()
 
 
+PARTS = ("router_z_loss", "router_balance_loss", "cross_modal_loss", "contrastive_loss")
+"""The model's own losses, which are reported one by one."""
+
+
 @dataclass(frozen=True)
 class Losses:
     """The model's own losses, float32 scalars."""
@@ -65,7 +69,7 @@ class Losses:
 
     def parts(self) -> dict[str, Tensor]:
         """All but the sum, by name."""
-        return {name: value for name, value in vars(self).items() if name != "router_loss"}
+        return {name: getattr(self, name) for name in PARTS}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,12 +6,13 @@ import hashlib
 import itertools
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from diffmoe.config import UserError
 from diffmoe.data.captions import CaptionSplit, captions_in, check_captions
-from diffmoe.data.folders import FilePictures
+from diffmoe.data.folders import FilePictures, has_train_classes, picture_folders
 from diffmoe.data.pictures import LazyImages, PictureSpec
 from diffmoe.data.splits import SPLIT_ALIASES, ClassesAndSplits
 from diffmoe.data.tables import caption_columns
@@ -62,7 +63,6 @@ def find_caption_files(place: Path) -> CaptionFiles | None:
     if (place / FLICKR_TOKENS).is_file():
         return _read_flickr(place)
     tables = _tables(place)
-    tables = [path for path in tables if path.stem == "captions"] or tables
     if len(tables) > 1:
         raise UserError(f"{place} holds {len(tables)} tables: name the one with the captions captions.csv or .jsonl")
     return _read_table(tables[0]) if tables else None
@@ -79,7 +79,22 @@ def has_table_suffix(path: Path) -> bool:
 
 
 def _tables(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.glob("*")) if has_table_suffix(path)]
+    """The tables that may hold captions: those named so; beside class folders no table of labels or the like."""
+    tables = [path for path in sorted(folder.glob("*")) if has_table_suffix(path)]
+    if not tables:
+        return []
+    if named := [path for path in tables if path.stem == "captions"]:
+        return named
+    if has_train_classes(folder):
+        return []
+    return [path for path in tables if _has_columns(path)] if len(picture_folders(folder)) > 1 else tables
+
+
+def _has_columns(path: Path) -> bool:
+    """Whether the first line of a table names the columns of captions."""
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        names = re.findall(r"\w+", file.readline())
+    return "image" in names and bool(caption_columns(names))
 
 
 def _read_table(path: Path) -> CaptionFiles:

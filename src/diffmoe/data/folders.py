@@ -82,9 +82,18 @@ class FolderSource:
 
 def has_class_folders(root: Path) -> bool:
     """Whether `root` holds `train/`, or folders with pictures."""
-    return (root / "train").is_dir() or any(
-        _is_picture(path.name) for folder in _subfolders(root) for path in folder.iterdir()
-    )
+    return (root / "train").is_dir() or bool(picture_folders(root))
+
+
+def has_train_classes(root: Path) -> bool:
+    """Whether there are pictures in `train/<class>/`."""
+    train = root / "train"
+    return train.is_dir() and any(any(_list_pictures(folder, train)) for folder in _subfolders(train))
+
+
+def picture_folders(root: Path) -> list[Path]:
+    """The folders in `root` with pictures, not those with pictures only deeper in them."""
+    return [folder for folder in _subfolders(root) if any(_is_picture(path.name) for path in folder.iterdir())]
 
 
 def _split_folders(root: Path) -> dict[str, Path]:

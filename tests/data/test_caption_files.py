@@ -79,6 +79,22 @@ def test_the_original_flickr8k_layout(folder: Path) -> None:
     assert (pairs(data.validation).keys(), pairs(data.test).keys()) == ({3}, {4})
 
 
+def test_kaggles_flickr8k_is_a_table_of_captions_and_a_folder_beside_it(folder: Path) -> None:
+    (folder / "pictures").rename(folder / "Images")
+    (folder / "captions.txt").write_text("image,other\n0.png,a\n")
+    with pytest.raises(UserError, match="set has only the class 'Images': there must be 2 or more to tell apart, or c"):
+        load_captions(folder)
+    rows = [[f"{n}.png", f"A dog , number {k} ."] for n in range(10) for k in range(5)]
+    table = write_csv(folder / "captions.txt", [["image", "caption"], *rows])
+    for place in (folder, table):
+        data = load_captions(place)
+        assert (len(data.train), len(data.validation), len(data.test)) == (7, 1, 2)
+        assert set(data.train.captions) == {tuple(f"A dog , number {k} ." for k in range(5))}
+    (folder / "Images" / "3.png").unlink()
+    with pytest.raises(UserError, match=r"captions.txt line 17: there is no picture .*Images/3.png"):
+        load_captions(folder)
+
+
 def test_a_last_line_needs_no_line_end(folder: Path) -> None:
     splits = ["train"] * 8 + ["validation", "test"]
     table = [[f"pictures/{n}.png", f"grey {n}", splits[n]] for n in range(10)]

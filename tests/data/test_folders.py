@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tests.data.samples import load, pixels
+from tests.data.samples import labelled, load, pictures, pixels
 
-from diffmoe.config import UserError
+from diffmoe.config import DataConfig, UserError
 from diffmoe.data.pictures import LazyImages, PictureSpec
+from diffmoe.data.sources import check_dataset
 
 
 def test_pictures_and_labels_belong_together(picture_folder: Path) -> None:
@@ -93,3 +94,27 @@ def test_a_class_too_small_to_split(picture_folder: Path) -> None:
         path.unlink()
     with pytest.raises(UserError, match="class 'cat' has only 1 picture"):
         load(picture_folder)
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (["train/one"], r"set/train has only the class 'one': there must be 2 or more to tell apart, or captions"),
+        (["Images"], r"set has only the class 'Images': there must be 2 or more"),
+        (["Train", "Test"], r"pictures must be in .*set/[Tt]rain/<class>/"),
+        (["val", "TEST"], r"set has the folders TEST, val, which are splits, not classes: .* in .*set/train/<class>/"),
+        (["train/train", "train/test"], r"train has the folders test, train, which are .*must be in .*/train/<class>/"),
+        (["train/train"], r"set/train has the folders train, which are splits, not classes"),
+        (["train/train/one", "train/train/two"], r"holds nothing but .*/train/train: the classes are the folders in"),
+    ],
+)
+def test_folders_that_are_no_classes_to_tell_apart(tmp_path: Path, folders: list[str], message: str) -> None:
+    for folder in folders:
+        pictures(tmp_path / "set" / folder)
+    with pytest.raises(UserError, match=message) as caught:
+        check_dataset(DataConfig(dataset=str(tmp_path / "set")))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    assert load(labelled(tmp_path, "train", "car")).class_names == ("car", "train")

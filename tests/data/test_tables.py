@@ -118,6 +118,16 @@ def test_bad_labels(tmp_path: Path, labels: list[Any], names: list[str] | None, 
         load(tmp_path / "s")
 
 
+@pytest.mark.parametrize("max_memory_gb", [4.0, 0.0])
+@pytest.mark.parametrize("names", [["cat"], None])
+def test_one_class_is_refused_before_a_picture_is_decoded(
+    tmp_path: Path, names: list[str] | None, max_memory_gb: float
+) -> None:
+    write(tmp_path / "s/train-0.parquet", [b"no picture"] * 4, [0] * 4 if names else ["cat"] * 4, names)
+    with pytest.raises(UserError, match=r"train-0\.parquet has only the class 'cat': there must be 2 or more"):
+        load(tmp_path / "s", max_memory_gb=max_memory_gb)
+
+
 def test_a_test_label_that_train_does_not_have(tmp_path: Path) -> None:
     write(tmp_path / "s/train-0.parquet", [png(r) for r in range(4)], ["a", "a", "b", "b"])
     write(tmp_path / "s/test-0.parquet", [png(r) for r in range(2)], ["a", "c"])

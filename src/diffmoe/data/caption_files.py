@@ -1,4 +1,4 @@
-"""Captioned pictures that are files: a table of captions (CSV or JSON Lines), or the original Flickr8k's layout."""
+"""Captioned pictures that are files: a table of captions (CSV or JSON Lines), or Flickr8k, the original or Kaggle's."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from diffmoe.data.text_files import read_csv, read_json_lines, read_lines
 
 TABLE_SUFFIXES = (".csv", ".jsonl")
 FLICKR_TOKENS = "Flickr8k.token.txt"
+FLICKR_TABLE = "captions.txt"
+"""Of Kaggle's copy: a CSV table, its pictures in a folder beside it."""
 FLICKR_LISTS = {"train": "trainImages", "validation": "devImages", "test": "testImages"}
 FLICKR_FOLDERS = ("Flicker8k_Dataset", "Flickr8k_Dataset", "Images")
 """Of the original distribution (its spelling), and of a common copy."""
@@ -75,12 +77,13 @@ def has_caption_files(folder: Path) -> bool:
 
 def has_table_suffix(path: Path) -> bool:
     """Whether a file is a captions table by its name."""
-    return path.suffix in TABLE_SUFFIXES
+    return path.suffix in TABLE_SUFFIXES or path.name == FLICKR_TABLE
 
 
 def _tables(folder: Path) -> list[Path]:
     """The tables that may hold captions: those named so; beside class folders no table of labels or the like."""
     tables = [path for path in sorted(folder.glob("*")) if has_table_suffix(path)]
+    tables = [path for path in tables if path.name != FLICKR_TABLE or _has_columns(path)]
     if not tables:
         return []
     if named := [path for path in tables if path.stem == "captions"]:
@@ -100,6 +103,9 @@ def _has_columns(path: Path) -> bool:
 def _read_table(path: Path) -> CaptionFiles:
     """`image` and `caption...` columns, a row or several for each picture, and, if there is one, `split`."""
     rows = read_json_lines(path) if path.suffix == ".jsonl" else read_csv(path, "image")
+    root = path.parent
+    if path.name == FLICKR_TABLE:
+        root = next(iter(_flickr_folders(root)), root)
     captions: dict[str, dict[str, tuple[str, ...]]] = {}
     split_of: dict[str, str] = {}
     for number, row in rows:
@@ -113,15 +119,15 @@ def _read_table(path: Path) -> CaptionFiles:
         check_captions([texts], lambda _, where=where: where)
         if split_of.setdefault(name, split) != split:
             raise UserError(f"{where} puts {name} in {split}, but it is in {split_of[name]} already: choose one")
-        if not os.path.isfile(path.parent / name):  # Path's own raises on a name that is too long
-            raise UserError(f"{where}: there is no picture {path.parent / name}")
+        if not os.path.isfile(root / name):  # Path's own raises on a name that is too long
+            raise UserError(f"{where}: there is no picture {root / name}")
         of_split = captions.setdefault(split, {})
         of_split[name] = (*of_split.get(name, ()), *texts)
     if "train" not in captions:
         raise UserError(
             f"{path} has no pictures to train on: it must hold rows, of the split train where it has splits"
         )
-    return CaptionFiles(path.parent, captions)
+    return CaptionFiles(root, captions)
 
 
 def _split_name(name: str, where: str) -> str:
@@ -131,8 +137,12 @@ def _split_name(name: str, where: str) -> str:
     raise UserError(f"{where} has the split {name!r}: it must be train, validation or test")
 
 
+def _flickr_folders(root: Path) -> list[Path]:
+    return [folder for name in FLICKR_FOLDERS if (folder := root / name).is_dir()]
+
+
 def _read_flickr(root: Path) -> CaptionFiles:
-    folders = [folder for name in FLICKR_FOLDERS if (folder := root / name).is_dir()]
+    folders = _flickr_folders(root)
     if not folders:
         raise UserError(f"{root} has {FLICKR_TOKENS} but no {' or '.join(FLICKR_FOLDERS)}: the pictures must be there")
     captions: dict[str, list[str]] = {}

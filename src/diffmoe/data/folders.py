@@ -12,7 +12,7 @@ import torch
 
 from diffmoe.config import UserError, nearest
 from diffmoe.data.pictures import PICTURE_SUFFIXES, LazyImages, PictureSpec
-from diffmoe.data.splits import SPLIT_ALIASES, ClassesAndSplits, Split, check_one_alias
+from diffmoe.data.splits import SPLIT_ALIASES, SPLIT_WORDS, ClassesAndSplits, Split, check_one_alias, check_two_classes
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class FolderSource:
         """List the pictures, reading none. Raises `UserError` naming a folder that has none or should not be there."""
         splits = _split_folders(root)
         classes = {split: _list_classes(folder) for split, folder in splits.items()}
+        _check_class_names(splits["train"], tuple(classes["train"]))
         for split, folder in splits.items():
             for name in classes[split].keys() - classes["train"].keys():
                 hint = nearest(name, classes["train"])
@@ -117,6 +118,20 @@ def _list_classes(folder: Path) -> dict[str, tuple[str, ...]]:
     if not classes:
         raise UserError(f"{folder} has no class folders: pictures must be in {folder}/<class>/")
     return classes
+
+
+def _check_class_names(folder: Path, names: tuple[str, ...]) -> None:
+    """Raises `UserError` where the class folders of train are no classes to learn: one alone, or those of splits."""
+    if not all(name.lower() in SPLIT_WORDS for name in names):
+        return check_two_classes(str(folder), names)
+    inner = folder / names[0]
+    if len(names) == 1 and picture_folders(inner):
+        raise UserError(f"{folder} holds nothing but {inner}: the classes are the folders in it, move them to {folder}")
+    place = folder if folder.name == "train" else folder / "train"
+    raise UserError(
+        f"{folder} has the folders {', '.join(names)}, which are splits, not classes: "
+        f"pictures must be in {place}/<class>/"
+    )
 
 
 def picture_files(root: Path) -> tuple[str, ...]:

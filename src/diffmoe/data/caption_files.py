@@ -14,7 +14,7 @@ from diffmoe.config import UserError
 from diffmoe.data.captions import CaptionSplit, captions_in, check_captions
 from diffmoe.data.folders import FilePictures, has_train_classes, picture_folders
 from diffmoe.data.pictures import LazyImages, PictureSpec
-from diffmoe.data.splits import SPLIT_ALIASES, ClassesAndSplits
+from diffmoe.data.splits import ClassesAndSplits, split_of
 from diffmoe.data.tables import caption_columns
 from diffmoe.data.text_files import read_csv, read_json_lines, read_lines
 
@@ -131,9 +131,8 @@ def _read_table(path: Path) -> CaptionFiles:
 
 
 def _split_name(name: str, where: str) -> str:
-    for split, aliases in SPLIT_ALIASES.items():
-        if name in aliases:
-            return split
+    if split := split_of(name):
+        return split
     raise UserError(f"{where} has the split {name!r}: it must be train, validation or test")
 
 

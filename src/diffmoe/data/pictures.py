@@ -5,6 +5,7 @@ Shapes: B pictures of a batch, N of a split, C channels (1 grey, 3 colour), H he
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import os
@@ -26,6 +27,21 @@ PICTURE_SUFFIXES = (
     *(".gif", ".bmp", ".tif", ".tiff", ".pbm", ".pgm", ".ppm", ".pnm"),
 )
 """Files with these endings are pictures and must decode; all others in a class folder are ignored."""
+HEIC_SUFFIXES = (".heic", ".heif")
+with contextlib.suppress(ImportError):  # the extra `heic`
+    from pillow_heif import register_heif_opener  # pyright: ignore[reportMissingImports]
+
+    register_heif_opener()
+    PICTURE_SUFFIXES = (*PICTURE_SUFFIXES, *HEIC_SUFFIXES)
+UNREAD_SUFFIXES = tuple(
+    suffix
+    for suffix in (
+        *(*HEIC_SUFFIXES, ".jxl", ".svg", ".psd", ".xcf", ".tga", ".ico", ".eps", ".exr", ".hdr", ".dds", ".icns"),
+        *(".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".dcm"),
+    )
+    if suffix not in PICTURE_SUFFIXES
+)
+"""Endings of what people take for pictures: counted and said."""
 
 _CHUNK_BYTES = 2**21
 """Decoded bytes that a worker hands over at once: shared memory is 64 MB in a default container."""

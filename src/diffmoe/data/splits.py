@@ -85,6 +85,11 @@ class Split(PictureSplit):
         return self.labels.numpy().tobytes()
 
 
+def split_of(name: str) -> str | None:
+    """The split that a folder, a file or a cell of a table names, in capitals or not; None where it names none."""
+    return next((split for split, aliases in SPLIT_ALIASES.items() if name.lower() in aliases), None)
+
+
 def check_one_alias(where: str, found: Sequence[str]) -> None:
     """Raises `UserError` where a split is there under more than one of its names."""
     if len(found) > 1:

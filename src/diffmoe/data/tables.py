@@ -218,7 +218,7 @@ def parquet_files(folder: Path) -> dict[str, list[Path]]:
     for place in (folder, folder / "data"):
         by_name: dict[str, list[Path]] = {}
         for path in sorted(place.glob("*.parquet")):
-            by_name.setdefault(re.split(r"[-_.]", path.name)[0], []).append(path)
+            by_name.setdefault(re.split(r"[-_.]", path.name)[0].lower(), []).append(path)
         if "train" not in by_name:
             continue
         files = {}

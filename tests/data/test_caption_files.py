@@ -141,6 +141,27 @@ def test_flickr8k_without_a_picture_or_a_caption(folder: Path) -> None:
         load_captions(folder)
 
 
+def test_a_blank_cell_counts_only_where_no_other_has_a_caption(folder: Path) -> None:
+    head = ["image", "caption_0", "caption_1"]
+    table = [["pictures/0.png", "", "b"], *([f"pictures/{n}.png", "a", " "] for n in range(1, 10))]
+    write_csv(folder / "captions.csv", [head, *table])
+    lines = [json.dumps({name: cell.strip() or None for name, cell in zip(head, row, strict=True)}) for row in table]
+    (folder / "captions.jsonl").write_text("\n \n\n".join(lines) + "\n\n\n")  # nor does a blank line
+    for name in ("captions.csv", "captions.jsonl"):
+        data = load_captions(folder / name)
+        found = {n: t for split in (data.train, data.validation, data.test) for n, t in pairs(split).items()}
+        assert found == {0: ("b",)} | {n: ("a",) for n in range(1, 10)}
+    write_csv(folder / "captions.csv", [head, ["pictures/0.png", "", " "]])
+    with pytest.raises(UserError, match=r"captions.csv line 2 has an empty caption \(number 0\)"):
+        load_captions(folder / "captions.csv")
+
+
+def test_semicolons_separate_cells_where_the_head_has_them(folder: Path) -> None:
+    lines = ["image;caption", *(f"pictures/{n}.png;a dog, a cat" for n in range(10))]
+    (folder / "captions.csv").write_text("\n".join(lines))
+    assert set(load_captions(folder).train.captions) == {("a dog, a cat",)}
+
+
 def test_hard_texts_go_through(folder: Path) -> None:
     rows = [{"image": f"pictures/{n}.png", "caption": HARD[n % 4]} for n in range(10)]
     (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -73,7 +73,7 @@ class FolderSource:
         digest = hashlib.sha256()
         for split, classes in self.classes.items():
             for name in (name for names in classes.values() for name in names):
-                status = _status(self.splits[split] / name)
+                status = file_status(self.splits[split] / name)
                 digest.update(
                     f"{split}/{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(errors="surrogateescape")
                 )
@@ -200,7 +200,8 @@ def _list_files(
         yield from (f"{prefix}/{name}" for name in files if _has_suffix(name, suffixes))
 
 
-def _status(path: Path) -> os.stat_result:
+def file_status(path: Path) -> os.stat_result:
+    """Of a picture. Raises `UserError` naming it where there is none."""
     try:
         return path.stat()
     except OSError as error:

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -42,6 +42,10 @@ UNREAD_SUFFIXES = tuple(
     if suffix not in PICTURE_SUFFIXES
 )
 """Endings of what people take for pictures: counted and said."""
+
+# Texts and colour profiles of over 1 MB are not the picture, but PIL gives it up for them. Its limit for all texts of
+# a file, 64 MB, does for each: what unpacks to more is meant to do harm.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 _CHUNK_BYTES = 2**21
 """Decoded bytes that a worker hands over at once: shared memory is 64 MB in a default container."""

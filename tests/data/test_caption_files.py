@@ -79,6 +79,22 @@ def test_the_original_flickr8k_layout(folder: Path) -> None:
     assert (pairs(data.validation).keys(), pairs(data.test).keys()) == ({3}, {4})
 
 
+def test_kaggles_flickr8k_is_a_table_of_captions_and_a_folder_beside_it(folder: Path) -> None:
+    (folder / "pictures").rename(folder / "Images")
+    (folder / "captions.txt").write_text("image,other\n0.png,a\n")
+    with pytest.raises(UserError, match="set has only the class 'Images': there must be 2 or more to tell apart, or c"):
+        load_captions(folder)
+    rows = [[f"{n}.png", f"A dog , number {k} ."] for n in range(10) for k in range(5)]
+    table = write_csv(folder / "captions.txt", [["image", "caption"], *rows])
+    for place in (folder, table):
+        data = load_captions(place)
+        assert (len(data.train), len(data.validation), len(data.test)) == (7, 1, 2)
+        assert set(data.train.captions) == {tuple(f"A dog , number {k} ." for k in range(5))}
+    (folder / "Images" / "3.png").unlink()
+    with pytest.raises(UserError, match=r"captions.txt line 17: there is no picture .*Images/3.png"):
+        load_captions(folder)
+
+
 def test_a_last_line_needs_no_line_end(folder: Path) -> None:
     splits = ["train"] * 8 + ["validation", "test"]
     table = [[f"pictures/{n}.png", f"grey {n}", splits[n]] for n in range(10)]
@@ -123,6 +139,27 @@ def test_flickr8k_without_a_picture_or_a_caption(folder: Path) -> None:
     tokens.write_text("".join(tokens.read_text("utf-8").splitlines(keepends=True)[:-1]), encoding="utf-8")
     with pytest.raises(UserError, match=r"trainImages.txt line 2: there is no picture .*1.jpg"):
         load_captions(folder)
+
+
+def test_a_blank_cell_counts_only_where_no_other_has_a_caption(folder: Path) -> None:
+    head = ["image", "caption_0", "caption_1"]
+    table = [["pictures/0.png", "", "b"], *([f"pictures/{n}.png", "a", " "] for n in range(1, 10))]
+    write_csv(folder / "captions.csv", [head, *table])
+    lines = [json.dumps({name: cell.strip() or None for name, cell in zip(head, row, strict=True)}) for row in table]
+    (folder / "captions.jsonl").write_text("\n \n\n".join(lines) + "\n\n\n")  # nor does a blank line
+    for name in ("captions.csv", "captions.jsonl"):
+        data = load_captions(folder / name)
+        found = {n: t for split in (data.train, data.validation, data.test) for n, t in pairs(split).items()}
+        assert found == {0: ("b",)} | {n: ("a",) for n in range(1, 10)}
+    write_csv(folder / "captions.csv", [head, ["pictures/0.png", "", " "]])
+    with pytest.raises(UserError, match=r"captions.csv line 2 has an empty caption \(number 0\)"):
+        load_captions(folder / "captions.csv")
+
+
+def test_semicolons_separate_cells_where_the_head_has_them(folder: Path) -> None:
+    lines = ["image;caption", *(f"pictures/{n}.png;a dog, a cat" for n in range(10))]
+    (folder / "captions.csv").write_text("\n".join(lines))
+    assert set(load_captions(folder).train.captions) == {("a dog, a cat",)}
 
 
 def test_hard_texts_go_through(folder: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from diffmoe.config import UserError
@@ -51,6 +52,17 @@ def test_transparency_shows_white() -> None:
     palette.putpalette([10, 20, 30, 200, 100, 50])
     assert colour_of(decode(palette, 6, 3)) == [200, 100, 50]
     assert colour_of(decode(palette, 6, 3, transparency=1)) == [255, 255, 255]
+
+
+def test_what_a_file_says_besides_the_picture_may_be_long() -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (7, 7, 3), dtype=np.uint8))
+    expected = decode(image, 7, 3)
+    for packed in (True, False):
+        texts = PngInfo()
+        texts.add_text("workflow", "a word " * 220_000, zip=packed)
+        texts.add_itxt("more", "a word " * 220_000, zip=packed)
+        assert torch.equal(decode(image, 7, 3, pnginfo=texts), expected)
+    assert torch.equal(decode(image, 7, 3, icc_profile=bytes(3_000_000)), expected)
 
 
 @pytest.mark.parametrize(("value", "expected"), [(0, 0), (257, 1), (32896, 128), (65535, 255)])

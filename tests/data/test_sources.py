@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from tests.data.samples import captioned, labelled, load
+from tests.data.samples import captioned, labelled, load, pictures
 
 from diffmoe.config import DataConfig, UserError
 from diffmoe.data.captions import CaptionSplit
@@ -91,6 +91,26 @@ def test_a_table_in_data_dir_is_the_one_that_is_named(tmp_path: Path) -> None:
     captioned(tmp_path / "set", "more.csv", "second")
     data = load("more.csv", data_dir=str(tmp_path / "set"))
     assert {text.split()[0] for (text,) in data.train.captions} == {"second"}
+
+
+TABLES = {"labels.csv": "id,label\n0.png,one\n", "sample_submission.csv": "id\n", "meta.jsonl": '{"id": 1}\n'}
+
+
+@pytest.mark.parametrize("classes", ["train", "."])
+def test_tables_beside_class_folders_are_no_captions_unless_named_so(tmp_path: Path, classes: str) -> None:
+    for name in ("one", "two"):
+        pictures(tmp_path / "set" / classes / name)
+    config = DataConfig(dataset=str(tmp_path / "set"))
+    for name, text in TABLES.items():
+        (tmp_path / "set" / name).write_text(text)
+        assert check_dataset(config) == "classification"
+        assert load(tmp_path / "set").class_names == ("one", "two")
+    more = tmp_path / "set" / ("captions.csv" if classes == "train" else "of_mine.csv")
+    more.write_text("image,caption\n" + "".join(f"{classes}/one/{number}.png,w\n" for number in range(10)))
+    assert check_dataset(config) == "captions"
+    if classes == "train":
+        more.rename(more.with_name("of_mine.csv"))
+        assert check_dataset(config) == "classification"
 
 
 # --- The real sets, as they lie beside the checkout ---

@@ -118,6 +118,16 @@ def test_bad_labels(tmp_path: Path, labels: list[Any], names: list[str] | None, 
         load(tmp_path / "s")
 
 
+@pytest.mark.parametrize("max_memory_gb", [4.0, 0.0])
+@pytest.mark.parametrize("names", [["cat"], None])
+def test_one_class_is_refused_before_a_picture_is_decoded(
+    tmp_path: Path, names: list[str] | None, max_memory_gb: float
+) -> None:
+    write(tmp_path / "s/train-0.parquet", [b"no picture"] * 4, [0] * 4 if names else ["cat"] * 4, names)
+    with pytest.raises(UserError, match=r"train-0\.parquet has only the class 'cat': there must be 2 or more"):
+        load(tmp_path / "s", max_memory_gb=max_memory_gb)
+
+
 def test_a_test_label_that_train_does_not_have(tmp_path: Path) -> None:
     write(tmp_path / "s/train-0.parquet", [png(r) for r in range(4)], ["a", "a", "b", "b"])
     write(tmp_path / "s/test-0.parquet", [png(r) for r in range(2)], ["a", "c"])
@@ -232,3 +242,34 @@ def test_columns_of_texts_or_of_lists(tmp_path: Path, columns: dict[str, Any], i
 def test_bad_captions(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         load(write_captions(tmp_path / "set", columns))
+
+
+@pytest.mark.parametrize("max_memory_gb", [4.0, 0.0])
+@pytest.mark.parametrize("told", ["label", "caption"])
+def test_a_column_of_paths_is_read_from_where_the_file_is(tmp_path: Path, told: str, max_memory_gb: float) -> None:
+    place = tmp_path / "s"
+    (place / "images").mkdir(parents=True)
+    for n in range(10):
+        (place / f"images/{n}.png").write_bytes(png(n))
+    names = [f"images/{n}.png" for n in range(9)] + [str(place / "images/9.png")]
+    pq.write_table(pa.table({"image": names, told: list("ab" * 5)}), place / "train.parquet")
+
+    def read() -> list[int]:
+        data = load(place, max_memory_gb=max_memory_gb)
+        return sorted(greys(data.train) + greys(data.validation) + greys(data.test))
+
+    assert read() == list(range(10))
+    (place / "images/0.png").write_bytes(png(200))
+    assert read() == [*range(1, 10), 200]  # not from the cache
+    (place / "images/4.png").unlink()
+    with pytest.raises(UserError, match="No such file or directory: it must be a picture that can be read"):
+        read()
+
+
+@pytest.mark.parametrize("blank", ["", " ", None])
+def test_a_blank_second_caption_is_passed_over(tmp_path: Path, blank: str | None) -> None:
+    columns = {"caption_0": [f"a {n}" for n in range(8)], "caption_1": [blank, *(f"b {n}" for n in range(1, 8))]}
+    data = load(write_captions(tmp_path / "set", columns))
+    found = [pairs(split) for split in (data.train, data.validation, data.test)]
+    told = {n: t for split in found for n, t in split.items()}
+    assert told == {0: ("a 0",)} | {n: (f"a {n}", f"b {n}") for n in range(1, 8)}

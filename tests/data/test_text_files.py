@@ -137,6 +137,22 @@ def test_pictures_without_an_ending_are_known_by_their_files(path: Path) -> None
         rows(write(path, 'image,caption\n0.png,"a dog\npicture,a 5"\n'))
 
 
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_the_head_tells_what_separates_cells(path: Path, separator: str) -> None:
+    caption = "a".join({",", ";", "\t"} - {separator})
+    table = [("image", "caption", "split"), ("0.png", caption, "x"), ("1.png", f'"a{separator} ""b""\nc"', "x")]
+    assert rows(write(path, "\n".join(map(separator.join, table)))) == [
+        {"image": "0.png", "caption": caption, "split": "x"},
+        {"image": "1.png", "caption": f'a{separator} "b" c', "split": "x"},
+    ]
+    with pytest.raises(UserError, match=r"line 2 has more cells than the head: quote captions with (comma|semi|tab)"):
+        rows(write(path, "image,caption\n0.png,a,b\n".replace(",", separator)))
+    with pytest.raises(UserError, match=r"line 3 has a cell that opens with a quote but does not end with one"):
+        rows(write(path, 'image,caption\n0.png,"a"\n1.png,"a" dog\n'.replace(",", separator)))
+    with pytest.raises(UserError, match=r"line 2 opens a quote that takes in the row of line 3"):
+        rows(write(path, 'caption,image\n"a,0.png\nb",1.png\n'.replace(",", separator)))
+
+
 def test_heads_that_will_not_do(path: Path) -> None:
     with pytest.raises(UserError, match=r"captions\.csv line 1 has the column caption more than once"):
         rows(write(path, "image,caption, caption\n0.png,a,b\n"))

@@ -1,4 +1,4 @@
-"""Captioned pictures that are files: a table of captions (CSV or JSON Lines), or the original Flickr8k's layout."""
+"""Captioned pictures that are files: a table of captions (CSV or JSON Lines), or Flickr8k, the original or Kaggle's."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ import hashlib
 import itertools
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from diffmoe.config import UserError
 from diffmoe.data.captions import CaptionSplit, captions_in, check_captions
-from diffmoe.data.folders import FilePictures
+from diffmoe.data.folders import FilePictures, has_train_classes, picture_folders
 from diffmoe.data.pictures import LazyImages, PictureSpec
-from diffmoe.data.splits import SPLIT_ALIASES, ClassesAndSplits
+from diffmoe.data.splits import ClassesAndSplits, split_of
 from diffmoe.data.tables import caption_columns
 from diffmoe.data.text_files import read_csv, read_json_lines, read_lines
 
 TABLE_SUFFIXES = (".csv", ".jsonl")
 FLICKR_TOKENS = "Flickr8k.token.txt"
+FLICKR_TABLE = "captions.txt"
+"""Of Kaggle's copy: a CSV table, its pictures in a folder beside it."""
 FLICKR_LISTS = {"train": "trainImages", "validation": "devImages", "test": "testImages"}
 FLICKR_FOLDERS = ("Flicker8k_Dataset", "Flickr8k_Dataset", "Images")
 """Of the original distribution (its spelling), and of a common copy."""
@@ -62,7 +65,6 @@ def find_caption_files(place: Path) -> CaptionFiles | None:
     if (place / FLICKR_TOKENS).is_file():
         return _read_flickr(place)
     tables = _tables(place)
-    tables = [path for path in tables if path.stem == "captions"] or tables
     if len(tables) > 1:
         raise UserError(f"{place} holds {len(tables)} tables: name the one with the captions captions.csv or .jsonl")
     return _read_table(tables[0]) if tables else None
@@ -75,16 +77,35 @@ def has_caption_files(folder: Path) -> bool:
 
 def has_table_suffix(path: Path) -> bool:
     """Whether a file is a captions table by its name."""
-    return path.suffix in TABLE_SUFFIXES
+    return path.suffix in TABLE_SUFFIXES or path.name == FLICKR_TABLE
 
 
 def _tables(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.glob("*")) if has_table_suffix(path)]
+    """The tables that may hold captions: those named so; beside class folders no table of labels or the like."""
+    tables = [path for path in sorted(folder.glob("*")) if has_table_suffix(path)]
+    tables = [path for path in tables if path.name != FLICKR_TABLE or _has_columns(path)]
+    if not tables:
+        return []
+    if named := [path for path in tables if path.stem == "captions"]:
+        return named
+    if has_train_classes(folder):
+        return []
+    return [path for path in tables if _has_columns(path)] if len(picture_folders(folder)) > 1 else tables
+
+
+def _has_columns(path: Path) -> bool:
+    """Whether the first line of a table names the columns of captions."""
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        names = re.findall(r"\w+", file.readline())
+    return "image" in names and bool(caption_columns(names))
 
 
 def _read_table(path: Path) -> CaptionFiles:
     """`image` and `caption...` columns, a row or several for each picture, and, if there is one, `split`."""
     rows = read_json_lines(path) if path.suffix == ".jsonl" else read_csv(path, "image")
+    root = path.parent
+    if path.name == FLICKR_TABLE:
+        root = next(iter(_flickr_folders(root)), root)
     captions: dict[str, dict[str, tuple[str, ...]]] = {}
     split_of: dict[str, str] = {}
     for number, row in rows:
@@ -98,26 +119,29 @@ def _read_table(path: Path) -> CaptionFiles:
         check_captions([texts], lambda _, where=where: where)
         if split_of.setdefault(name, split) != split:
             raise UserError(f"{where} puts {name} in {split}, but it is in {split_of[name]} already: choose one")
-        if not os.path.isfile(path.parent / name):  # Path's own raises on a name that is too long
-            raise UserError(f"{where}: there is no picture {path.parent / name}")
+        if not os.path.isfile(root / name):  # Path's own raises on a name that is too long
+            raise UserError(f"{where}: there is no picture {root / name}")
         of_split = captions.setdefault(split, {})
         of_split[name] = (*of_split.get(name, ()), *texts)
     if "train" not in captions:
         raise UserError(
             f"{path} has no pictures to train on: it must hold rows, of the split train where it has splits"
         )
-    return CaptionFiles(path.parent, captions)
+    return CaptionFiles(root, captions)
 
 
 def _split_name(name: str, where: str) -> str:
-    for split, aliases in SPLIT_ALIASES.items():
-        if name in aliases:
-            return split
+    if split := split_of(name):
+        return split
     raise UserError(f"{where} has the split {name!r}: it must be train, validation or test")
 
 
+def _flickr_folders(root: Path) -> list[Path]:
+    return [folder for name in FLICKR_FOLDERS if (folder := root / name).is_dir()]
+
+
 def _read_flickr(root: Path) -> CaptionFiles:
-    folders = [folder for name in FLICKR_FOLDERS if (folder := root / name).is_dir()]
+    folders = _flickr_folders(root)
     if not folders:
         raise UserError(f"{root} has {FLICKR_TOKENS} but no {' or '.join(FLICKR_FOLDERS)}: the pictures must be there")
     captions: dict[str, list[str]] = {}

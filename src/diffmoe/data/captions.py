@@ -118,8 +118,13 @@ def _warn_of_cut(tokens: Tensor, max_text_len: int) -> None:
 
 
 def captions_in(cells: Iterable[Any]) -> list[Any]:
-    """The captions in one row's cells, each a text or a list of texts; `check_captions` looks at what they are."""
-    return [text for cell in cells for text in (cell if isinstance(cell, list) else [cell])]
+    """The captions in one row's cells, each a text or a list of texts; `check_captions` looks at what they are.
+
+    A blank cell counts only where no other has a caption: not all pictures of a set have as many.
+    """
+    row = list(cells)
+    told = [cell for cell in row if cell and not (isinstance(cell, str) and not cell.strip())]
+    return [text for cell in told or row for text in (cell if isinstance(cell, list) else [cell])]
 
 
 def check_captions(captions: Sequence[Sequence[Any]], where: Callable[[int], str]) -> None:

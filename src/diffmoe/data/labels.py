@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from diffmoe.config import UserError
+from diffmoe.data.splits import check_two_classes
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -97,6 +98,7 @@ def encode_labels(splits: dict[str, list[FileLabels]]) -> tuple[tuple[str, ...],
     """The class names, and for each split the labels of its files one after another, int64 (N,). Raises `UserError`."""
     classes = Classes.of(splits["train"])
     encoded = {split: torch.cat([classes.encode(file) for file in files]) for split, files in splits.items()}
+    check_two_classes(splits["train"][0].where, classes.names)
     return classes.names, encoded
 
 

@@ -5,6 +5,7 @@ Shapes: B pictures of a batch, N of a split, C channels (1 grey, 3 colour), H he
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import os
@@ -15,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -26,6 +27,25 @@ PICTURE_SUFFIXES = (
     *(".gif", ".bmp", ".tif", ".tiff", ".pbm", ".pgm", ".ppm", ".pnm"),
 )
 """Files with these endings are pictures and must decode; all others in a class folder are ignored."""
+HEIC_SUFFIXES = (".heic", ".heif")
+with contextlib.suppress(ImportError):  # the extra `heic`
+    from pillow_heif import register_heif_opener  # pyright: ignore[reportMissingImports]
+
+    register_heif_opener()
+    PICTURE_SUFFIXES = (*PICTURE_SUFFIXES, *HEIC_SUFFIXES)
+UNREAD_SUFFIXES = tuple(
+    suffix
+    for suffix in (
+        *(*HEIC_SUFFIXES, ".jxl", ".svg", ".psd", ".xcf", ".tga", ".ico", ".eps", ".exr", ".hdr", ".dds", ".icns"),
+        *(".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".dcm"),
+    )
+    if suffix not in PICTURE_SUFFIXES
+)
+"""Endings of what people take for pictures: counted and said."""
+
+# Texts and colour profiles of over 1 MB are not the picture, but PIL gives it up for them. Its limit for all texts of
+# a file, 64 MB, does for each: what unpacks to more is meant to do harm.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 _CHUNK_BYTES = 2**21
 """Decoded bytes that a worker hands over at once: shared memory is 64 MB in a default container."""

@@ -20,6 +20,9 @@ SPLIT_ALIASES = {
 }
 """The three splits, and the names that folders, files and hub sets have for each."""
 
+SPLIT_WORDS = frozenset({"training", "testing", "dev"}.union(*SPLIT_ALIASES.values()))
+"""Names that people give to splits, whether they are read as such or not: no class is told from another by them."""
+
 STATISTICS_SAMPLE = 5000
 """Pictures that the mean and deviation of a set read on demand are taken from."""
 
@@ -82,10 +85,24 @@ class Split(PictureSplit):
         return self.labels.numpy().tobytes()
 
 
+def split_of(name: str) -> str | None:
+    """The split that a folder, a file or a cell of a table names, in capitals or not; None where it names none."""
+    return next((split for split, aliases in SPLIT_ALIASES.items() if name.lower() in aliases), None)
+
+
 def check_one_alias(where: str, found: Sequence[str]) -> None:
     """Raises `UserError` where a split is there under more than one of its names."""
     if len(found) > 1:
         raise UserError(f"{where} has both {found[0]} and {found[1]}, which are one split: keep one of them")
+
+
+def check_two_classes(where: str, class_names: Sequence[str]) -> None:
+    """Raises `UserError` where there is one class alone: a model could learn nothing."""
+    if len(class_names) == 1:
+        raise UserError(
+            f"{where} has only the class {class_names[0]!r}: there must be 2 or more to tell apart, "
+            "or captions instead of classes"
+        )
 
 
 def settings_without_effect(config: DataConfig, own_splits: Collection[str], in_memory: bool) -> dict[str, str]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffmoe.config import UserError
 from diffmoe.data.captions import CaptionSplit, captions_in, check_captions
+from diffmoe.data.folders import file_status
 from diffmoe.data.hub import load_hub
 from diffmoe.data.labels import LABEL_COLUMN, FileLabels, encode_labels, listed_names
 from diffmoe.data.pictures import LazyImages, PictureSpec
@@ -28,7 +29,7 @@ PICTURE_COLUMNS = ("image", "img")
 
 @dataclass(frozen=True)
 class TablePictures:
-    """Pictures in a column of a table: bytes, or a struct of bytes and path, as the hub stores them."""
+    """Pictures in a column of a table: bytes, a path from the table's file, or a struct of both, as on the hub."""
 
     column: Dataset
     """The column alone, in Arrow format."""
@@ -46,17 +47,22 @@ class TablePictures:
         cells = table.column(0).to_pylist() if rows else []
         return [self._picture(cell, row) for cell, row in zip(cells, rows, strict=True)]
 
-    def _picture(self, cell: dict[str, Any] | bytes | None, row: int) -> bytes | Path:
+    def _picture(self, cell: dict[str, Any] | bytes | str | None, row: int) -> bytes | Path:
         encoded, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
+        if isinstance(encoded, str):
+            return Path(self.files[self._file(row)]).parent / encoded
         if encoded is not None:
             return encoded
         if path is None:
             raise UserError(f"{self.where(row)} has no picture: it must hold the bytes of one")
         return Path(path)
 
+    def _file(self, row: int) -> int:
+        return bisect.bisect_right(self.ends, row)
+
     def where(self, row: int) -> str:
         """The file and the row in it, counted from 0."""
-        file = bisect.bisect_right(self.ends, row)
+        file = self._file(row)
         return f"{self.files[file]} row {row - (self.ends[file - 1] if file else 0)}"
 
 
@@ -120,8 +126,10 @@ class ParquetSource:
         return tuple(itertools.accumulate(pq.read_metadata(path).num_rows for path in self.files[split]))
 
     def fingerprint(self) -> str:
-        """Changes with the files' content."""
-        return _fingerprint(self.files)
+        """Changes with the files' content, and when a picture that is a file of its own is written."""
+        columns = {split: columns.picture for split, columns in self.columns.items()}
+        pictures = (_picture_files(path, columns[split]) for split, paths in self.files.items() for path in paths)
+        return _fingerprint(self.files, itertools.chain.from_iterable(pictures))
 
     def read(self, picture: PictureSpec, in_memory: bool) -> ClassesAndSplits:
         """Class names, and for each split its pictures and labels or captions. Raises `UserError` naming a bad row."""
@@ -218,7 +226,7 @@ def parquet_files(folder: Path) -> dict[str, list[Path]]:
     for place in (folder, folder / "data"):
         by_name: dict[str, list[Path]] = {}
         for path in sorted(place.glob("*.parquet")):
-            by_name.setdefault(re.split(r"[-_.]", path.name)[0], []).append(path)
+            by_name.setdefault(re.split(r"[-_.]", path.name)[0].lower(), []).append(path)
         if "train" not in by_name:
             continue
         files = {}
@@ -231,12 +239,15 @@ def parquet_files(folder: Path) -> dict[str, list[Path]]:
     return {}
 
 
-def _fingerprint(files: dict[str, list[Path]]) -> str:
+def _fingerprint(files: dict[str, list[Path]], pictures: Iterable[Path] = ()) -> str:
     digest = hashlib.sha256()
     for split, paths in files.items():
         for path in paths:
             with path.open("rb") as file:
                 digest.update(split.encode() + hashlib.file_digest(file, "sha256").digest())
+    for path in pictures:
+        status = file_status(path)
+        digest.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:32]
 
 
@@ -271,6 +282,17 @@ def _read_columns(path: Path, columns: Sequence[str]) -> pa.Table:
         return pq.read_table(path, columns=list(columns))
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read ({_one_line(error)})") from error
+
+
+def _picture_files(path: Path, column: str) -> list[Path]:
+    """The pictures of a file that holds their paths; none where it holds the pictures."""
+    import pyarrow.types as types
+
+    kind = _read_schema(path).field(column).type
+    if types.is_struct(kind) or types.is_binary(kind) or types.is_large_binary(kind):
+        return []
+    names = _read_columns(path, [column]).column(column).to_pylist()
+    return [path.parent / name for name in names if isinstance(name, str)]
 
 
 def _read_labels(path: Path) -> FileLabels:

@@ -18,8 +18,9 @@ from diffmoe.config import UserError
 from diffmoe.data.pictures import PICTURE_SUFFIXES
 
 _LINE_END = re.compile(r"\r\n?|\n")
-_CELL = re.compile(r'(?:"(?:[^"]|"")*+"|(?!")[^,\r\n]*+)(?:,|\r\n?|\n|\Z)')
+_CELL = r'(?:"(?:[^"]|"")*+"|(?!")[^{0}\r\n]*+)(?:{0}|\r\n?|\n|\Z)'
 """A whole cell of a CSV file and what ends it: where the next one does not match, a quote is astray."""
+_SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 _QUOTES = 'end the cell with a quote, and double those inside ("a ""so called"" dog")'
 
 
@@ -45,23 +46,29 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def read_csv(path: Path, picture_column: str) -> Iterator[tuple[int, dict[str, str]]]:
     """The rows of a CSV table under their names in its head, and the line that each begins in; a short row has fewer.
 
+    Cells are separated by commas, semicolons or tabs, whichever the head has most of.
     A line break in a quoted cell counts as white space between words. Raises `UserError` where a quote is astray, a
     row is longer than the head, or a name comes twice in it. A stray quote that a later one happens to close makes
     one cell of the rows between: a row is taken for several where more than one of its lines, read alone, has a
     picture file in `picture_column`.
     """
-    rows = _csv_rows(path)
+    text = _read(path)
+    first_line = text.lstrip().partition("\n")[0].partition("\r")[0]
+    separator = max(_SEPARATORS, key=first_line.count)
+    rows = _csv_rows(path, text, separator)
     number, names, lines = next(rows, (1, [], ()))
     head = [name.strip() for name in names]
     for name in filter(None, head):
         if head.count(name) > 1:
             raise UserError(f"{path} line {number} has the column {name} more than once: each must have its own name")
     column = head.index(picture_column) if picture_column in head else len(head)
-    _check_one_row(path, number, lines, column, pictures=0)
+    _check_one_row(path, number, lines, separator, column, pictures=0)
     for number, cells, lines in rows:
-        _check_one_row(path, number, lines, column, pictures=1)
+        _check_one_row(path, number, lines, separator, column, pictures=1)
         if len(cells) > len(head):
-            raise UserError(f"{path} line {number} has more cells than the head: quote captions with commas")
+            raise UserError(
+                f"{path} line {number} has more cells than the head: quote captions with {_SEPARATORS[separator]}"
+            )
         yield number, dict(zip(head, map(_join_lines, cells), strict=False))
 
 
@@ -90,26 +97,25 @@ def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return row
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[int, list[str], Sequence[str]]]:
+def _csv_rows(path: Path, text: str, separator: str) -> Iterator[tuple[int, list[str], Sequence[str]]]:
     """Of each row that is not blank: its first line's number, its cells, its lines."""
-    text = _read(path)
     lines = io.StringIO(text, newline="").readlines()  # ends kept: csv tells a row's from those in a quoted cell
-    reader = csv.reader(lines, strict=True)
+    reader = csv.reader(lines, delimiter=separator, strict=True)
     while True:
         start = reader.line_num
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            raise _csv_mistake(path, text, start + 1, error) from error
+            raise _csv_mistake(path, text, separator, start + 1, error) from error
         if cells is None:
             return
         if any(cell.strip() for cell in cells):
             yield start + 1, cells, lines[start : reader.line_num]
 
 
-def _csv_mistake(path: Path, text: str, row_line: int, error: csv.Error) -> UserError:
-    position = 0
-    while position < len(text) and (cell := _CELL.match(text, position)):
+def _csv_mistake(path: Path, text: str, separator: str, row_line: int, error: csv.Error) -> UserError:
+    position, whole_cell = 0, re.compile(_CELL.format(separator))
+    while position < len(text) and (cell := whole_cell.match(text, position)):
         position = cell.end()
     if position == len(text):
         return UserError(f"{path} line {row_line} cannot be read ({error}): shorten the cell")
@@ -117,11 +123,11 @@ def _csv_mistake(path: Path, text: str, row_line: int, error: csv.Error) -> User
     return UserError(f"{where} has a cell that opens with a quote but does not end with one: {_QUOTES}")
 
 
-def _check_one_row(path: Path, number: int, lines: Sequence[str], column: int, pictures: int) -> None:
+def _check_one_row(path: Path, number: int, lines: Sequence[str], separator: str, column: int, pictures: int) -> None:
     """Raises `UserError` where more than so many of a row's lines, read alone, have a picture file in `column`."""
     found = []
     for later, line in enumerate(lines, number) if len(lines) > 1 else ():
-        cells = line.replace('"', "").split(",")
+        cells = line.replace('"', "").split(separator)
         name = cells[column].strip() if column < len(cells) else ""
         if os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES or (name and os.path.isfile(path.parent / name)):
             found.append(later)

@@ -204,3 +204,33 @@ class TestProcesses:
         assert err == f"stopped by SIGINT, saved in {last}: the same command with --resume goes on\n"
         assert "test, " not in out
         assert torch.load(tmp_path / last, weights_only=True)["progress"]["step"] > 0
+
+
+class TestReadersThatLeave:
+    """`| head -1`: a run goes on to its end, and all else ends, without a word."""
+
+    def leave(self, cwd: Path, *argv: object, lines: int = 1) -> tuple[int, str]:
+        """The exit code and stderr of a command of which only the first lines are read."""
+        command = [sys.executable, str(REPO / "main.py"), *map(str, argv)]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, cwd=cwd, text=True, stdout=pipe, stderr=pipe) as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            for _ in range(lines):
+                process.stdout.readline()
+            process.stdout.close()
+            err = process.stderr.read()
+        return process.returncode, err
+
+    def test_a_run_is_trained_and_saved_to_its_end(self, tiny_flags, tmp_path):
+        assert self.leave(tmp_path, "train_test", "--epochs", 2, *tiny_flags) == (0, "")
+        assert torch.load(tmp_path / "checkpoints/digits/last.ckpt", weights_only=True)["progress"]["epoch"] == 2
+        assert (tmp_path / "visualizations" / "digits" / "calibration.png").is_file()
+
+    @pytest.mark.parametrize("lines", [0, 1])
+    def test_predictions_end_quietly(self, trained, drawn, tmp_path, lines):
+        many = [drawn[0]] * 200  # more than a pipe's buffer of the program's own
+        assert self.leave(tmp_path, "predict", "--checkpoint", trained.model, *many, lines=lines) == (0, "")
+
+    def test_so_does_help(self, tmp_path):
+        assert self.leave(tmp_path, "train", "--help", lines=0) == (0, "")

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
 
+from diffmoe.commands.parsing import unread_is_no_error
 from diffmoe.config import UserError, nearest
 from diffmoe.config.settings import MODES, parse_settings
 
@@ -58,6 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("diffmoe: stopped", file=sys.stderr)
         return 128 + signal.SIGINT
+    except BrokenPipeError:  # who reads stdout has seen enough
+        return 0
+    finally:
+        with unread_is_no_error():  # what waits to be printed
+            print(end="", flush=True)
 
 
 def dispatch(argv: list[str]) -> int:

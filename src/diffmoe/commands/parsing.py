@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from diffmoe.config import UserError
@@ -32,6 +35,15 @@ def model_parser(command: str, description: str, images: str | None = None) -> a
     parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser
+
+
+@contextmanager
+def unread_is_no_error() -> Iterator[None]:
+    """Where nobody reads stdout any more (`| head -1`), work goes on, and what is printed from then on goes nowhere."""
+    try:
+        yield
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def show(results: Any, as_json: bool, table: Callable[[Any], object]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -234,3 +235,44 @@ class TestReadersThatLeave:
 
     def test_so_does_help(self, tmp_path):
         assert self.leave(tmp_path, "train", "--help", lines=0) == (0, "")
+
+
+class TestNames:
+    """What a terminal, a tokenizer or a file cannot carry costs a character, not the work."""
+
+    def predict(self, trained: Any, picture: Path, encoding: str, *flags: object) -> str:
+        command = [sys.executable, str(REPO / "main.py"), "predict", "--checkpoint", trained.model, picture, *flags]
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        done = subprocess.run(command, env=environment, capture_output=True, check=False, timeout=120)
+        assert (done.returncode, done.stderr) == (0, b"")
+        return done.stdout.decode(encoding)
+
+    @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+    def test_a_terminal_that_lacks_a_character_gets_another(self, trained, drawn, tmp_path, encoding):
+        picture = tmp_path / "七.png"
+        shutil.copy(drawn[0], picture)
+        table = self.predict(trained, picture, encoding)
+        assert len(table.splitlines()) == 6
+        assert "?" in table
+        told = json.loads(self.predict(trained, picture, encoding, "--json"))
+        assert told[0]["image"] == str(picture)  # JSON has escapes
+
+    def test_a_class_that_is_no_utf8_is_trained_and_tested(self, cli, tiny_flags, flowers, tmp_path):
+        train = flowers / "train"
+        (train / "rose").rename(train / os.fsdecode(b"caf\xe9"))
+        flags = [*tiny_flags, "--dataset", flowers, "--epochs", 1, "--img_size", 8, "--patch_size", 4]
+        for _ in range(2):  # the second time from the cache
+            where = ("--save_dir", tmp_path / "runs", "--output_dir", tmp_path / "shown", "--overwrite")
+            result = cli("train_test", *flags, *where)
+            assert (result.code, result.err) == (0, "")
+        metrics = json.loads((tmp_path / "runs/flowers/metrics.json").read_text("utf-8"))
+        assert metrics["class_names"] == ["caf\\xe9", "tulip"]
+
+    def test_a_dataset_that_is_no_utf8_is_one_line_before_training(self, cli, tiny_flags, flowers, tmp_path, snapshot):
+        """TensorBoard writes into no folder of such a name."""
+        named = flowers.rename(tmp_path / os.fsdecode(b"fleurs d'\xe9t\xe9"))
+        before = snapshot(tmp_path)
+        result = cli("train", *tiny_flags, "--dataset", named, "--save_dir", tmp_path / "runs")
+        told = f"{tmp_path}/runs/fleurs d'\\udce9t\\udce9 is not UTF-8, as TensorBoard needs it: rename it"
+        assert (result.code, result.err) == (2, f"diffmoe: error: {told}\n")
+        assert snapshot(tmp_path) == before

@@ -6,6 +6,7 @@ python main.py --dataset cifar10 --mode train_test --epochs 10        (the flat 
 
 from __future__ import annotations
 
+import io
 import logging
 import signal
 import sys
@@ -50,6 +51,8 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for a user's mistake, 128 + the signal's number when stopped."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a character gets another one
+        sys.stdout.reconfigure(errors="replace")
     logging.basicConfig(format="diffmoe: %(message)s", level=logging.WARNING)
     try:
         return dispatch(argv)

@@ -49,10 +49,20 @@ def unread_is_no_error() -> Iterator[None]:
 def show(results: Any, as_json: bool, table: Callable[[Any], object]) -> int:
     """Print, and return the exit code."""
     if as_json:
-        print(json.dumps(results, ensure_ascii=False, indent=2))
+        print(_json(results))
     else:
         table(results)
     return 0
+
+
+def _json(results: Any) -> str:
+    """With escapes where stdout could not carry it as it is: a name that is read back must be the same."""
+    text = json.dumps(results, ensure_ascii=False, indent=2)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(results, indent=2)
+    return text
 
 
 def print_predictions(rows: list[dict[str, Any]]) -> None:

@@ -19,8 +19,11 @@ FORMAT_VERSION = 2
 
 
 def cache_dir() -> Path:
-    """`$DIFFMOE_CACHE`, or `~/.cache/diffmoe`."""
-    return Path(os.environ.get("DIFFMOE_CACHE") or "~/.cache/diffmoe").expanduser()
+    """`$DIFFMOE_CACHE`, or `~/.cache/diffmoe`; of a user without a home one where nothing can be written."""
+    try:
+        return Path(os.environ.get("DIFFMOE_CACHE") or "~/.cache/diffmoe").expanduser()
+    except RuntimeError:
+        return Path(os.devnull, "diffmoe")
 
 
 def cache_path(fingerprint: str, spec: PictureSpec) -> Path:

@@ -276,3 +276,11 @@ class TestNames:
         told = f"{tmp_path}/runs/fleurs d'\\udce9t\\udce9 is not UTF-8, as TensorBoard needs it: rename it"
         assert (result.code, result.err) == (2, f"diffmoe: error: {told}\n")
         assert snapshot(tmp_path) == before
+
+
+def test_a_dataset_named_by_dots_writes_files_of_its_own_name(cli, tiny_flags, flowers, tmp_path, monkeypatch):
+    monkeypatch.chdir(flowers / "train")
+    flags = [*tiny_flags, "--dataset", "..", "--epochs", 1, "--img_size", 8, "--patch_size", 4]
+    result = cli("train", *flags, "--save_dir", tmp_path / "runs")
+    assert (result.code, result.err) == (0, "")
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["flowers", "flowers_model.pth"]

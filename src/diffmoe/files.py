@@ -68,7 +68,7 @@ def _data_folder(data: DataConfig) -> Path | None:
     if data.dataset in EMBEDDED_DATASETS:
         return None
     if data.data_dir is None:
-        named = Path(data.dataset).expanduser()
+        named = Path(data.dataset)
         return None if named.is_file() else named
-    root = Path(data.data_dir).expanduser()
+    root = Path(data.data_dir)
     return named if (named := root / dataset_name(data.dataset)).is_dir() else root

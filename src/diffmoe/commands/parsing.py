@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from diffmoe.config import UserError
+from diffmoe.config import UserError, expanded
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
@@ -31,7 +31,9 @@ def model_parser(command: str, description: str, images: str | None = None) -> a
     parser = bare_parser(command, description)
     if images:
         parser.add_argument("images", nargs=images, metavar="IMAGE", help="picture files of any size and kind")
-    parser.add_argument("--checkpoint", required=True, help="model file, such as checkpoints/cifar10_model.pth")
+    parser.add_argument(
+        "--checkpoint", required=True, type=expanded, help="model file, such as checkpoints/cifar10_model.pth"
+    )
     parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser

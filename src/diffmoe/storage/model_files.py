@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from diffmoe.config import DataConfig, ModelConfig, UserError
+from diffmoe.config import DataConfig, ModelConfig, UserError, expanded
 from diffmoe.data.loading import Dataset
 from diffmoe.data.pictures import PictureSpec
 from diffmoe.files import write_atomically
@@ -101,7 +101,7 @@ def read(path: str | Path, kind: str) -> dict[str, Any]:
 
     `kind` is the format expected: `MODEL_FORMAT` for a model file.
     """
-    path = Path(path)
+    path = Path(expanded(str(path)))
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist")
     # Only torch's zip files are ours: nothing else is unpickled at all, not even warily.

@@ -22,7 +22,7 @@ from diffmoe import load_model
 from diffmoe.config import DataConfig, ModelConfig, UserError
 from diffmoe.model.captioner import Captioner
 from diffmoe.model.heads import ImageClassifier
-from diffmoe.storage.model_files import DataInfo, ModelFile, load_model_file, save_model
+from diffmoe.storage.model_files import MODEL_FORMAT, DataInfo, ModelFile, load_model_file, read, save_model
 
 CONFIG = ModelConfig(
     img_size=8,
@@ -311,3 +311,38 @@ def test_data_info_splits_other_data_as_that_of_the_training() -> None:
     assert INFO.split_as_trained(config) == DataConfig(
         dataset="digits", val_fraction=0.1, test_fraction=0.2, split_seed=7, flip=True
     )
+
+
+def same(found: Any, expected: Any) -> bool:
+    """Bit for bit, whatever is nested in what."""
+    if isinstance(expected, Tensor):
+        return found.dtype == expected.dtype and torch.equal(found, expected)
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(same(found[key], expected[key]) for key in expected)
+    return found == expected
+
+
+def test_no_flipped_bit_changes_what_is_read(good: Path, tmp_path: Path) -> None:
+    """One is told of, or lies where nothing is kept."""
+    whole, path, told = good.read_bytes(), tmp_path / "flipped.pth", []
+    expected = read(good, MODEL_FORMAT)
+    generator = torch.Generator().manual_seed(0)
+    for place in torch.randint(8 * len(whole), (100,), generator=generator).tolist():
+        content = bytearray(whole)
+        content[place // 8] ^= 1 << place % 8
+        path.write_bytes(content)
+        try:
+            assert same(read(path, MODEL_FORMAT), expected)
+        except UserError as error:
+            told.append(str(error))
+    assert len(told) >= 40
+    assert all(line.startswith(f"checkpoint {path} is ") for line in told)
+
+
+def test_a_flipped_bit_of_a_weight_is_named(good: Path) -> None:
+    content = bytearray(good.read_bytes())
+    weights = load_model(good).state_dict()["head.weight"].numpy().tobytes()
+    content[content.index(weights)] ^= 1
+    good.write_bytes(content)
+    with pytest.raises(UserError, match=r"good\.pth is damaged: .*/data/\d+ in it is not as it was written$"):
+        load_model(good)

@@ -159,6 +159,16 @@ class TestRefusal:
         assert result.err.startswith("diffmoe: error: resume: there is no ")
         assert not (tmp_path / "none").exists()
 
+    def test_with_a_flipped_bit_is_refused(self, cli, own_run):
+        last = own_run.save_dir / "digits" / "last.ckpt"
+        content = bytearray(last.read_bytes())
+        moments = next(iter(torch.load(last, weights_only=True)["optimizer"]["state"].values()))["exp_avg"]
+        content[content.index(moments.numpy().tobytes())] ^= 1
+        last.write_bytes(content)
+        result = cli("train", *own_run.flags, "--save_dir", own_run.save_dir, "--resume")
+        assert (result.code, result.err.count("\n")) == (2, 1)
+        assert result.err.startswith(f"diffmoe: error: checkpoint {last} is damaged: ")
+
     def test_with_another_number_of_devices_is_refused(self, cli, own_run):
         last = own_run.save_dir / "digits" / "last.ckpt"
         states = torch.load(last, weights_only=True)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import io
 import pickle
+import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +109,7 @@ def read(path: str | Path, kind: str) -> dict[str, Any]:
     # Only torch's zip files are ours: nothing else is unpickled at all, not even warily.
     if not zipfile.is_zipfile(path):
         raise UserError(f"checkpoint {path} is truncated or is not a checkpoint")
+    _check_records(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -118,6 +121,20 @@ def read(path: str | Path, kind: str) -> dict[str, Any]:
         was = found if isinstance(found, str) else "something else"
         raise UserError(f"checkpoint {path} is not a {kind} file but {was}")
     return content
+
+
+def _check_records(path: Path) -> None:
+    """Raises `UserError` where a part of the file is not as it was written.
+
+    torch writes a CRC-32 beside each record, and does not look at it when it reads.
+    """
+    try:
+        with zipfile.ZipFile(path) as records:
+            damaged = records.testzip()
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, OSError, ValueError, struct.error) as error:
+        raise UserError(f"checkpoint {path} is truncated or is not a checkpoint") from error
+    if damaged is not None:
+        raise UserError(f"checkpoint {path} is damaged: {damaged} in it is not as it was written")
 
 
 def load_model_file(path: str | Path) -> ModelFile:

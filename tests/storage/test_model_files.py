@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import io
+import math
 import os
 import pickle
 import subprocess
@@ -118,6 +119,17 @@ def with_config(good: bytes, **fields: Any) -> bytes:
     return changed(good, model_config={**config, **fields})
 
 
+def with_data(good: bytes, **fields: Any) -> bytes:
+    data = torch.load(io.BytesIO(good), weights_only=True)["data"]
+    return changed(good, data={**data, **fields})
+
+
+def with_weights(good: bytes, name: str, value: float) -> bytes:
+    state = torch.load(io.BytesIO(good), weights_only=True)["state_dict"]
+    state[name].view(-1)[0] = value
+    return changed(good, state_dict=state)
+
+
 BAD: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "empty": (lambda good: b"", "truncated or is not a checkpoint"),
     **{
@@ -149,6 +161,29 @@ BAD: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "other type": (lambda good: with_config(good, embed_dim="16"), "does not fit"),
     "impossible": (lambda good: with_config(good, top_k=9), "top_k is 9"),
     "router of a newer version": (lambda good: with_config(good, router="seer"), "router is 'seer'"),
+    **{
+        f"weights {value}": (lambda good, value=value: with_weights(good, "head.bias", value), "head.bias holds values")
+        for value in (math.nan, math.inf, -math.inf)
+    },
+    **{
+        f"{name} {value}": (lambda good, name=name, value=value: with_data(good, **{name: value}), f"{name} is ")
+        for name, values in {
+            "mean": ((), (math.nan,), (-0.1,), (0.5, 0.5), 0.5, ("0.5",), None),
+            "std": ((), (math.nan,), (0.0,), (-1.0,), (math.inf,), (0.2, 0.2), 0.2, ("x",), None),
+            "dataset": (7, "", "..", "../pets", None),
+        }.items()
+        for value in values
+    },
+    **{
+        f"classes {names}": (lambda good, names=names: with_data(good, class_names=names), "class_names are ")
+        for names in ((), ("a", "b"), tuple("abcd"), (1, 2, 3), ("a", "b", None), "abc", None, 3)
+    },
+    **{
+        f"token {id}": (lambda good, id=id: with_weights(good, "class_tokens", id), "class_tokens are not ids under")
+        for id in (-1, 20, 10**12)
+    },
+    "control characters": (lambda good: with_data(good, dataset="\x1b[2J\n\u202epets/"), r"\x1b[2J\n\u202epets"),
+    "a key of control characters": (lambda good: with_config(good, **{"\x1b[2J": 1}), r"\x1b[2J"),
 }
 
 
@@ -163,6 +198,7 @@ def test_bad_file_is_one_line_that_names_it(kind, good, tmp_path, cli, monkeypat
     assert result.err.startswith(f"diffmoe: error: checkpoint {path} ")
     assert message in result.err
     assert len(result.err.splitlines()) == 1
+    assert result.err.strip().isprintable()
     assert not (tmp_path / "code_was_run").exists()
 
 

@@ -6,6 +6,7 @@ import difflib
 import os
 from collections.abc import Iterable
 from typing import Any
+from unicodedata import category
 
 MAX_SEED = 2**63 - 1
 """The largest whole number that torch takes."""
@@ -13,6 +14,10 @@ MAX_SEED = 2**63 - 1
 
 class UserError(ValueError):
     """A mistake of the user's, in one line: what is wrong and what would be right. The command line exits with 2."""
+
+    def __str__(self) -> str:
+        """What would end the line or do something to a terminal is written as Python writes it."""
+        return "".join(c if c.isprintable() or category(c) == "Zs" else repr(c)[1:-1] for c in super().__str__())
 
 
 def expanded(path: str) -> str:

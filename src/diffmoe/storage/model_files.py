@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 import pickle
+import reprlib
 import struct
 import zipfile
 import zlib
@@ -19,7 +21,7 @@ from typing import Any
 
 import torch
 
-from diffmoe.config import DataConfig, ModelConfig, UserError, expanded
+from diffmoe.config import DataConfig, ModelConfig, UserError, dataset_name, expanded
 from diffmoe.data.loading import Dataset
 from diffmoe.data.pictures import PictureSpec
 from diffmoe.files import write_atomically
@@ -148,7 +150,45 @@ def load_model_file(path: str | Path) -> ModelFile:
         model.load_state_dict(state)
     except (TypeError, RuntimeError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"checkpoint {path} does not fit this version: {' '.join(str(error).split())[:200]}") from error
+    _check_values(path, model, data)
     return ModelFile(model.eval(), data)
+
+
+def _check_values(path: str | Path, model: Head, data: DataInfo) -> None:
+    """Raises `UserError` naming what in a file is of the right kind and yet cannot be."""
+
+    def check(holds: bool, wrong: str) -> None:
+        if not holds:
+            raise UserError(f"checkpoint {path} is damaged: {wrong}")
+
+    config, names = model.config, data.class_names
+    check_finite(path, model.state_dict())
+    for name, allowed in (("mean", lambda value: 0 <= value < math.inf), ("std", lambda value: 0 < value < math.inf)):
+        values = getattr(data, name)
+        fits = isinstance(values, list | tuple) and len(values) == config.in_channels
+        good = fits and all(isinstance(value, int | float) and allowed(value) for value in values)
+        right = f"{config.in_channels} finite numbers {'from 0 on' if name == 'mean' else 'over 0'}"
+        check(good, f"{name} is {reprlib.repr(values)}: it must be {right}")
+    is_name = isinstance(data.dataset, str) and data.dataset == dataset_name(data.dataset)
+    check(is_name, f"dataset is {reprlib.repr(data.dataset)}: it must be a name")
+    are_texts = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+    check(are_texts, f"class_names are {reprlib.repr(names)}: they must be texts")
+    classes = config.num_classes if isinstance(model, ImageClassifier) else 0
+    check(len(names) == classes, f"class_names are {len(names)}: the model has {classes} classes")
+    if isinstance(model, ImageClassifier) and (tokens := model.class_tokens) is not None:
+        known = not tokens.is_floating_point() and bool(((tokens >= 0) & (tokens < config.vocab_size)).all())
+        check(known, f"class_tokens are not ids under vocab_size ({config.vocab_size})")
+        shape = tuple(tokens.shape)
+        has_mask = model.class_mask is not None and model.class_mask.shape == shape
+        fits = has_mask and len(shape) == 3 and shape[-1] <= config.max_text_len
+        check(fits, f"class_tokens are {shape}: they must be 3D, no longer than {config.max_text_len}, as class_mask")
+
+
+def check_finite(path: str | Path, state: Mapping[str, torch.Tensor]) -> None:
+    """Raises `UserError` where a weight of the file at `path` is not a finite number."""
+    for name, weight in state.items():
+        if not weight.isfinite().all():
+            raise UserError(f"checkpoint {path} is damaged: {name} holds values that are no finite numbers")
 
 
 def _head(kind: object) -> type[Head]:

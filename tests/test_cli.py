@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -204,3 +205,82 @@ class TestProcesses:
         assert err == f"stopped by SIGINT, saved in {last}: the same command with --resume goes on\n"
         assert "test, " not in out
         assert torch.load(tmp_path / last, weights_only=True)["progress"]["step"] > 0
+
+
+class TestReadersThatLeave:
+    """`| head -1`: a run goes on to its end, and all else ends, without a word."""
+
+    def leave(self, cwd: Path, *argv: object, lines: int = 1) -> tuple[int, str]:
+        """The exit code and stderr of a command of which only the first lines are read."""
+        command = [sys.executable, str(REPO / "main.py"), *map(str, argv)]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, cwd=cwd, text=True, stdout=pipe, stderr=pipe) as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            for _ in range(lines):
+                process.stdout.readline()
+            process.stdout.close()
+            err = process.stderr.read()
+        return process.returncode, err
+
+    def test_a_run_is_trained_and_saved_to_its_end(self, tiny_flags, tmp_path):
+        assert self.leave(tmp_path, "train_test", "--epochs", 2, *tiny_flags) == (0, "")
+        assert torch.load(tmp_path / "checkpoints/digits/last.ckpt", weights_only=True)["progress"]["epoch"] == 2
+        assert (tmp_path / "visualizations" / "digits" / "calibration.png").is_file()
+
+    @pytest.mark.parametrize("lines", [0, 1])
+    def test_predictions_end_quietly(self, trained, drawn, tmp_path, lines):
+        many = [drawn[0]] * 200  # more than a pipe's buffer of the program's own
+        assert self.leave(tmp_path, "predict", "--checkpoint", trained.model, *many, lines=lines) == (0, "")
+
+    def test_so_does_help(self, tmp_path):
+        assert self.leave(tmp_path, "train", "--help", lines=0) == (0, "")
+
+
+class TestNames:
+    """What a terminal, a tokenizer or a file cannot carry costs a character, not the work."""
+
+    def predict(self, trained: Any, picture: Path, encoding: str, *flags: object) -> str:
+        command = [sys.executable, str(REPO / "main.py"), "predict", "--checkpoint", trained.model, picture, *flags]
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        done = subprocess.run(command, env=environment, capture_output=True, check=False, timeout=120)
+        assert (done.returncode, done.stderr) == (0, b"")
+        return done.stdout.decode(encoding)
+
+    @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+    def test_a_terminal_that_lacks_a_character_gets_another(self, trained, drawn, tmp_path, encoding):
+        picture = tmp_path / "七.png"
+        shutil.copy(drawn[0], picture)
+        table = self.predict(trained, picture, encoding)
+        assert len(table.splitlines()) == 6
+        assert "?" in table
+        told = json.loads(self.predict(trained, picture, encoding, "--json"))
+        assert told[0]["image"] == str(picture)  # JSON has escapes
+
+    def test_a_class_that_is_no_utf8_is_trained_and_tested(self, cli, tiny_flags, flowers, tmp_path):
+        train = flowers / "train"
+        (train / "rose").rename(train / os.fsdecode(b"caf\xe9"))
+        flags = [*tiny_flags, "--dataset", flowers, "--epochs", 1, "--img_size", 8, "--patch_size", 4]
+        for _ in range(2):  # the second time from the cache
+            where = ("--save_dir", tmp_path / "runs", "--output_dir", tmp_path / "shown", "--overwrite")
+            result = cli("train_test", *flags, *where)
+            assert (result.code, result.err) == (0, "")
+        metrics = json.loads((tmp_path / "runs/flowers/metrics.json").read_text("utf-8"))
+        assert metrics["class_names"] == ["caf\\xe9", "tulip"]
+
+    def test_a_dataset_that_is_no_utf8_is_one_line_before_training(self, cli, tiny_flags, flowers, tmp_path, snapshot):
+        """TensorBoard writes into no folder of such a name."""
+        named = flowers.rename(tmp_path / os.fsdecode(b"fleurs d'\xe9t\xe9"))
+        before = snapshot(tmp_path)
+        result = cli("train", *tiny_flags, "--dataset", named, "--save_dir", tmp_path / "runs")
+        told = f"{tmp_path}/runs/fleurs d'\\udce9t\\udce9 is not UTF-8, as TensorBoard needs it: rename it"
+        assert (result.code, result.err) == (2, f"diffmoe: error: {told}\n")
+        assert snapshot(tmp_path) == before
+
+
+def test_a_dataset_named_by_dots_writes_files_of_its_own_name(cli, tiny_flags, flowers, tmp_path, monkeypatch):
+    monkeypatch.chdir(flowers / "train")
+    flags = [*tiny_flags, "--dataset", "..", "--epochs", 1, "--img_size", 8, "--patch_size", 4]
+    result = cli("train", *flags, "--save_dir", tmp_path / "runs")
+    assert (result.code, result.err) == (0, "")
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["flowers", "flowers_model.pth"]

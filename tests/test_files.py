@@ -88,3 +88,14 @@ def test_a_folder_beside_the_data_is_outside_it_and_one_that_the_hubs_name_would
         check_outside_data(Path("data/flowers"), inside, "save_dir", "checkpoints")
     with pytest.raises(UserError, match="save_dir leads to cifar10, in cifar10"):  # the next run would read it
         check_outside_data(Path("cifar10"), DataConfig(dataset="cifar10"), "save_dir", "checkpoints")
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="Linux only")
+def test_check_writable_tries_and_does_not_trust_permissions(snapshot, tmp_path):
+    """Root has all permissions for /proc, and nobody can make a folder there."""
+    with pytest.raises(UserError, match=r"^/proc/nope/deeper cannot be written: "):
+        check_writable(Path("/proc/nope/deeper"))
+    (tmp_path / "there").mkdir()
+    before = snapshot(tmp_path)
+    check_writable(tmp_path / "there")
+    assert snapshot(tmp_path) == before

@@ -175,6 +175,20 @@ class TestRuns:
         assert "note: this will take about" in quiet
         assert "smaller model" not in quiet
 
+    @pytest.mark.parametrize("batch_size", [1, 3])
+    def test_a_batch_that_batchnorm_cannot_learn_from_is_one_line(
+        self, cli, tiny_flags, flowers, tmp_path, snapshot, batch_size
+    ):
+        """4 are left to train on."""
+        flags = [*tiny_flags, "--dataset", flowers, "--patch_embed", "conv", "--img_size", 8, "--patch_size", 8]
+        before = snapshot(tmp_path)
+        argv = ("train", *flags, "--epochs", 1, "--save_dir", tmp_path / "runs", "--batch_size")
+        result = cli(*argv, batch_size)
+        assert (result.code, result.err.count("\n")) == (2, 1)
+        assert f"batch_size is {batch_size}: " in result.err
+        assert snapshot(tmp_path) == before
+        assert cli(*argv, 2).code == 0
+
     def test_that_diverges_is_one_line(self, cli, tiny_flags, tmp_path):
         result = cli("train", *tiny_flags, "--epochs", 1, "--lr", 1e30, "--clip_norm", 0, "--save_dir", tmp_path)
         assert result.code == 2

@@ -6,6 +6,7 @@ python main.py --dataset cifar10 --mode train_test --epochs 10        (the flat 
 
 from __future__ import annotations
 
+import io
 import logging
 import signal
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
 
+from diffmoe.commands.parsing import unread_is_no_error
 from diffmoe.config import UserError, nearest
 from diffmoe.config.settings import MODES, parse_settings
 
@@ -49,6 +51,8 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for a user's mistake, 128 + the signal's number when stopped."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a character gets another one
+        sys.stdout.reconfigure(errors="replace")
     logging.basicConfig(format="diffmoe: %(message)s", level=logging.WARNING)
     try:
         return dispatch(argv)
@@ -58,6 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("diffmoe: stopped", file=sys.stderr)
         return 128 + signal.SIGINT
+    except BrokenPipeError:  # who reads stdout has seen enough
+        return 0
+    finally:
+        with unread_is_no_error():  # what waits to be printed
+            print(end="", flush=True)
 
 
 def dispatch(argv: list[str]) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from diffmoe.config import EMBEDDED_DATASETS, DataConfig, UserError, dataset_name
@@ -27,14 +29,25 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Raises `UserError` where files cannot be made in `folder`, which need not exist yet; makes nothing."""
-    standing = folder.absolute()
-    while not standing.exists():
-        standing = standing.parent
+    """Raises `UserError` where files cannot be made in `folder`, which need not exist yet; leaves nothing behind.
+
+    By making one: permissions alone do not tell.
+    """
+    place = folder.absolute()
+    missing = [part for part in (place, *place.parents) if not os.path.exists(part)]
+    standing = missing[-1].parent if missing else place
     if not standing.is_dir():
         raise UserError(f"{folder} cannot be written: {standing} is a file")
-    if not os.access(standing, os.W_OK | os.X_OK):
-        raise UserError(f"{folder} cannot be written: no permission for {standing}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
+    finally:
+        for part in missing:
+            with suppress(OSError):  # not made, or another's by now
+                part.rmdir()
 
 
 def check_outside_data(folder: Path, data: DataConfig, flag: str, default: str) -> None:
@@ -55,7 +68,7 @@ def _data_folder(data: DataConfig) -> Path | None:
     if data.dataset in EMBEDDED_DATASETS:
         return None
     if data.data_dir is None:
-        named = Path(data.dataset).expanduser()
+        named = Path(data.dataset)
         return None if named.is_file() else named
-    root = Path(data.data_dir).expanduser()
+    root = Path(data.data_dir)
     return named if (named := root / dataset_name(data.dataset)).is_dir() else root

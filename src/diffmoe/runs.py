@@ -87,6 +87,7 @@ def train_run(settings: Settings, tell: Tell = print) -> dict[str, Any] | None:
         with fabric.rank_zero_first():  # the others find the cache that it made
             data = load_dataset(settings.data, picture, progress=fabric.is_global_zero)
         batches = task.training_batches(settings, data, fabric.device, fabric.global_rank, fabric.world_size)
+        _check_last_batch(settings, len(data.train), fabric.world_size)
         sample = next(iter(batches.epoch()))  # before the seed is set: workers draw from torch's generator
         torch.manual_seed(config.seed)
         model = task.build(settings, data)
@@ -174,9 +175,24 @@ def check_run(settings: Settings, trains: bool) -> Task:
     if trains:
         if settings.run.checkpoint is not None:
             raise UserError("checkpoint is for test: training writes <save_dir>/<dataset>_model.pth")
+        try:
+            str(files.folder).encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{files.folder} is not UTF-8, as TensorBoard needs it: rename it") from error
         files.check(settings.run)
         task.check(settings)
     return task
+
+
+def _check_last_batch(settings: Settings, pictures: int, world_size: int) -> None:
+    """BatchNorm learns from no single value. Raises `UserError` where a training batch would bring it one a channel."""
+    share = settings.training.batch_size // world_size
+    last = -(-pictures // world_size) % share or share
+    if last == 1 and settings.model.num_patches == 1 and settings.model.patch_embed == "conv":
+        raise UserError(
+            f"batch_size is {settings.training.batch_size}: a batch of the {pictures} training pictures would be a "
+            "single one, of a single patch, which patch_embed 'conv' cannot learn from; give another"
+        )
 
 
 def check_fits(settings: Settings, config: ModelConfig, path: Path) -> None:

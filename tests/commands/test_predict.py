@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from diffmoe import load_model
+
 Cli = Callable[..., Any]
 
 
@@ -53,6 +55,12 @@ class TestPredict:
         assert (result.code, result.out) == (2, "")
         assert result.err.startswith(f"diffmoe: error: {path}")
         assert len(result.err.splitlines()) == 1
+
+    def test_home_in_a_checkpoints_name(self, cli, trained, drawn, monkeypatch):
+        monkeypatch.setenv("HOME", str(trained.save_dir))
+        expected = cli("predict", "--checkpoint", trained.model, drawn[0])
+        assert cli("predict", f"--checkpoint=~/{trained.model.name}", drawn[0]) == expected
+        assert load_model(f"~/{trained.model.name}").config == load_model(trained.model).config
 
 
 def test_predict_weighs_a_text_with_the_picture(captioned: Any, trained: Any, cli: Cli) -> None:

@@ -29,6 +29,15 @@ def test_dataset_name(dataset, name):
     assert dataset_name(dataset) == name
 
 
+def test_a_folder_that_is_named_by_dots_is_called_as_it_is(tmp_path, monkeypatch):
+    (tmp_path / "pets" / "train").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "pets" / "train")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert [dataset_name(name) for name in (".", "..", "../train/..", "~/pets", "~")] == [
+        *("train", "pets", "pets", "pets", tmp_path.name)
+    ]
+
+
 def test_a_set_in_data_dir_is_the_users_own_whatever_it_is_called():
     for name in EMBEDDED_DATASETS:
         assert DataConfig(dataset=name).built_in

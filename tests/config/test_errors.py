@@ -35,3 +35,10 @@ def test_the_bounds_themselves_are_allowed():
 
 def test_it_is_no_other_mistake():
     assert issubclass(UserError, ValueError)  # Python's users catch it as one
+
+
+def test_it_is_one_line_that_does_nothing_to_a_terminal():
+    """Names of files and of classes come from anywhere."""
+    assert str(UserError("a\nb\x1b[2J\u202e\udcff\u2028 is wrong")) == r"a\nb\x1b[2J\u202e\udcff\u2028 is wrong"
+    for text in ("a 'b' \\ is wrong", "日本\u3000語 é 🦊"):
+        assert str(UserError(text)) == text

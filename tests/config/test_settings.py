@@ -250,3 +250,21 @@ def test_given_fields_are_those_of_the_flags_alone() -> None:
     assert parse_given("generation", [], "p") == {}
     with pytest.raises(UserError, match="beams"):
         parse_given("generation", ["--beams", "0"], "p")
+
+
+class TestHome:
+    """`~` is the user's home wherever a path is asked for, and no folder of that name is made."""
+
+    @pytest.mark.parametrize("name", ["dataset", "data_dir", "save_dir", "checkpoint", "init", "output_dir"])
+    def test_in_a_flag_in_yaml_and_in_python(self, name, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        (tmp_path / "my.yaml").write_text(f"{name}: ~/a b\n")
+        for argv in ([f"--{name}=~/a b"], ["--config", "~/my.yaml"], ["--config=~/my.yaml"]):
+            assert value(parse(*argv), name) == f"{tmp_path}/a b"
+        assert getattr(GROUPS[GROUP_OF[name]](**{name: "~"}), name) == str(tmp_path)
+        assert getattr(GROUPS[GROUP_OF[name]](**{name: "a/~"}), name) == "a/~"
+
+    def test_of_a_user_without_one_is_one_line(self, monkeypatch):
+        monkeypatch.setattr("os.path.expanduser", lambda path: path)
+        with pytest.raises(UserError, match=r"^~/runs begins with ~, and this user has no home: "):
+            parse("--save_dir", "~/runs")

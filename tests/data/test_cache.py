@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tests.data.samples import load, pixels
 
 from diffmoe.data import cache
@@ -65,3 +66,51 @@ def test_an_unwritable_cache_is_one_warning(
     (record,) = caplog.records
     assert "DIFFMOE_CACHE" in record.getMessage()
     assert "\n" not in record.getMessage()
+
+
+def test_a_user_without_a_home_has_no_cache_and_is_told_so(
+    picture_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_home(_: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("DIFFMOE_CACHE")
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    with caplog.at_level(logging.WARNING):
+        assert cache.read_cache(cache.cache_path("key", PictureSpec(8, 3))) is None
+        cache.write_cache(cache.cache_path("key", PictureSpec(8, 3)), {"x": torch.zeros(1)}, {})
+    (record,) = caplog.records
+    assert "set DIFFMOE_CACHE" in record.getMessage()
+
+
+def flipped(whole: bytes, number: int) -> bytes:
+    """With one bit that is another."""
+    place = int(torch.randint(8 * len(whole), (1,), generator=torch.Generator().manual_seed(number)))
+    changed = bytearray(whole)
+    changed[place // 8] ^= 1 << place % 8
+    return bytes(changed)
+
+
+def test_no_flipped_bit_changes_what_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "cache.safetensors"
+    tensors = {"train.images": torch.arange(200, dtype=torch.uint8).view(2, 1, 10, 10), "train.labels": torch.arange(2)}
+    texts = {"class_names": '["cat", "dog"]', "captions": "{}"}
+    cache.write_cache(path, tensors, texts)
+    whole = path.read_bytes()
+    for number in range(200):
+        path.unlink()  # the last one may still be mapped
+        path.write_bytes(flipped(whole, number))
+        if (found := cache.read_cache(path)) is not None:
+            assert all(torch.equal(found[0][name], tensors[name]) for name in tensors)
+            assert all(found[1][name] == texts[name] for name in texts)
+    assert len(caplog.records) >= 190
+    assert all(str(path) in record.getMessage() for record in caplog.records)
+
+
+def test_a_cache_of_an_earlier_version_has_no_checksum_and_is_read(tmp_path: Path) -> None:
+    tensors, texts = {"train.images": torch.zeros(2, 1, 8, 8, dtype=torch.uint8)}, {"captions": "{}"}
+    save_file(tensors, tmp_path / "old", texts)
+    found = cache.read_cache(tmp_path / "old")
+    assert found is not None
+    assert torch.equal(found[0]["train.images"], tensors["train.images"])
+    assert found[1] == texts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import io
+import math
 import os
 import pickle
 import subprocess
@@ -22,7 +23,7 @@ from diffmoe import load_model
 from diffmoe.config import DataConfig, ModelConfig, UserError
 from diffmoe.model.captioner import Captioner
 from diffmoe.model.heads import ImageClassifier
-from diffmoe.storage.model_files import DataInfo, ModelFile, load_model_file, save_model
+from diffmoe.storage.model_files import MODEL_FORMAT, DataInfo, ModelFile, load_model_file, read, save_model
 
 CONFIG = ModelConfig(
     img_size=8,
@@ -118,6 +119,17 @@ def with_config(good: bytes, **fields: Any) -> bytes:
     return changed(good, model_config={**config, **fields})
 
 
+def with_data(good: bytes, **fields: Any) -> bytes:
+    data = torch.load(io.BytesIO(good), weights_only=True)["data"]
+    return changed(good, data={**data, **fields})
+
+
+def with_weights(good: bytes, name: str, value: float) -> bytes:
+    state = torch.load(io.BytesIO(good), weights_only=True)["state_dict"]
+    state[name].view(-1)[0] = value
+    return changed(good, state_dict=state)
+
+
 BAD: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "empty": (lambda good: b"", "truncated or is not a checkpoint"),
     **{
@@ -149,6 +161,29 @@ BAD: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "other type": (lambda good: with_config(good, embed_dim="16"), "does not fit"),
     "impossible": (lambda good: with_config(good, top_k=9), "top_k is 9"),
     "router of a newer version": (lambda good: with_config(good, router="seer"), "router is 'seer'"),
+    **{
+        f"weights {value}": (lambda good, value=value: with_weights(good, "head.bias", value), "head.bias holds values")
+        for value in (math.nan, math.inf, -math.inf)
+    },
+    **{
+        f"{name} {value}": (lambda good, name=name, value=value: with_data(good, **{name: value}), f"{name} is ")
+        for name, values in {
+            "mean": ((), (math.nan,), (-0.1,), (0.5, 0.5), 0.5, ("0.5",), None),
+            "std": ((), (math.nan,), (0.0,), (-1.0,), (math.inf,), (0.2, 0.2), 0.2, ("x",), None),
+            "dataset": (7, "", "..", "../pets", None),
+        }.items()
+        for value in values
+    },
+    **{
+        f"classes {names}": (lambda good, names=names: with_data(good, class_names=names), "class_names are ")
+        for names in ((), ("a", "b"), tuple("abcd"), (1, 2, 3), ("a", "b", None), "abc", None, 3)
+    },
+    **{
+        f"token {id}": (lambda good, id=id: with_weights(good, "class_tokens", id), "class_tokens are not ids under")
+        for id in (-1, 20, 10**12)
+    },
+    "control characters": (lambda good: with_data(good, dataset="\x1b[2J\n\u202epets/"), r"\x1b[2J\n\u202epets"),
+    "a key of control characters": (lambda good: with_config(good, **{"\x1b[2J": 1}), r"\x1b[2J"),
 }
 
 
@@ -163,6 +198,7 @@ def test_bad_file_is_one_line_that_names_it(kind, good, tmp_path, cli, monkeypat
     assert result.err.startswith(f"diffmoe: error: checkpoint {path} ")
     assert message in result.err
     assert len(result.err.splitlines()) == 1
+    assert result.err.strip().isprintable()
     assert not (tmp_path / "code_was_run").exists()
 
 
@@ -311,3 +347,38 @@ def test_data_info_splits_other_data_as_that_of_the_training() -> None:
     assert INFO.split_as_trained(config) == DataConfig(
         dataset="digits", val_fraction=0.1, test_fraction=0.2, split_seed=7, flip=True
     )
+
+
+def same(found: Any, expected: Any) -> bool:
+    """Bit for bit, whatever is nested in what."""
+    if isinstance(expected, Tensor):
+        return found.dtype == expected.dtype and torch.equal(found, expected)
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(same(found[key], expected[key]) for key in expected)
+    return found == expected
+
+
+def test_no_flipped_bit_changes_what_is_read(good: Path, tmp_path: Path) -> None:
+    """One is told of, or lies where nothing is kept."""
+    whole, path, told = good.read_bytes(), tmp_path / "flipped.pth", []
+    expected = read(good, MODEL_FORMAT)
+    generator = torch.Generator().manual_seed(0)
+    for place in torch.randint(8 * len(whole), (100,), generator=generator).tolist():
+        content = bytearray(whole)
+        content[place // 8] ^= 1 << place % 8
+        path.write_bytes(content)
+        try:
+            assert same(read(path, MODEL_FORMAT), expected)
+        except UserError as error:
+            told.append(str(error))
+    assert len(told) >= 40
+    assert all(line.startswith(f"checkpoint {path} is ") for line in told)
+
+
+def test_a_flipped_bit_of_a_weight_is_named(good: Path) -> None:
+    content = bytearray(good.read_bytes())
+    weights = load_model(good).state_dict()["head.weight"].numpy().tobytes()
+    content[content.index(weights)] ^= 1
+    good.write_bytes(content)
+    with pytest.raises(UserError, match=r"good\.pth is damaged: .*/data/\d+ in it is not as it was written$"):
+        load_model(good)

@@ -159,6 +159,64 @@ class TestRefusal:
         assert result.err.startswith("diffmoe: error: resume: there is no ")
         assert not (tmp_path / "none").exists()
 
+    def test_with_a_flipped_bit_is_refused(self, cli, own_run):
+        last = own_run.save_dir / "digits" / "last.ckpt"
+        content = bytearray(last.read_bytes())
+        moments = next(iter(torch.load(last, weights_only=True)["optimizer"]["state"].values()))["exp_avg"]
+        content[content.index(moments.numpy().tobytes())] ^= 1
+        last.write_bytes(content)
+        result = cli("train", *own_run.flags, "--save_dir", own_run.save_dir, "--resume")
+        assert (result.code, result.err.count("\n")) == (2, 1)
+        assert result.err.startswith(f"diffmoe: error: checkpoint {last} is damaged: ")
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            *("shared", "model", "optimizer", "progress", "rng"),  # without it
+            {"shared": [1]},
+            {"model": {"head.weight": torch.zeros(1)}},
+            {"optimizer": {}},
+            {"rng": "seven"},
+            {"rng": torch.zeros(1, 5, dtype=torch.uint8)},
+            {"progress": {"epochs": 1}},
+            *({"progress": {"epoch": value}} for value in ("2", -1, 7)),
+            {"progress": {"history": 3}},
+            {"progress": {"best": "high"}},
+            {"progress": {"sums": {"loss": 1}}},
+        ],
+        ids=str,
+    )
+    def test_of_a_damaged_run_is_one_line(self, cli, own_run, damage):
+        last = own_run.save_dir / "digits" / "last.ckpt"
+        states = torch.load(last, weights_only=True)
+        if isinstance(damage, str):
+            del states[damage]
+        elif "progress" in damage:
+            states["progress"] |= damage["progress"]
+        else:
+            states |= damage
+        torch.save(states, last)
+        result = cli("train", *own_run.flags, "--save_dir", own_run.save_dir, "--resume")
+        assert (result.code, result.err.count("\n")) == (2, 1)
+        assert result.err.startswith(f"diffmoe: error: checkpoint {last} is damaged (")
+
+    @pytest.mark.parametrize("share", [0, 0.5, 0.99])
+    def test_of_a_truncated_run_is_one_line(self, cli, own_run, share):
+        last = own_run.save_dir / "digits" / "last.ckpt"
+        last.write_bytes(last.read_bytes()[: int(share * last.stat().st_size)])
+        result = cli("train", *own_run.flags, "--save_dir", own_run.save_dir, "--resume")
+        told = f"diffmoe: error: checkpoint {last} is truncated or is not a checkpoint\n"
+        assert (result.code, result.err) == (2, told)
+
+    def test_of_weights_that_are_no_numbers_is_one_line(self, cli, own_run):
+        last = own_run.save_dir / "digits" / "last.ckpt"
+        states = torch.load(last, weights_only=True)
+        states["model"]["head.bias"][3] = torch.nan
+        torch.save(states, last)
+        result = cli("train", *own_run.flags, "--save_dir", own_run.save_dir, "--resume")
+        told = f"checkpoint {last} is damaged: head.bias holds values that are no finite numbers"
+        assert (result.code, result.err) == (2, f"diffmoe: error: {told}\n")
+
     def test_with_another_number_of_devices_is_refused(self, cli, own_run):
         last = own_run.save_dir / "digits" / "last.ckpt"
         states = torch.load(last, weights_only=True)

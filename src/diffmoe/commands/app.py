@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from diffmoe.commands.parsing import DEVICES, bare_parser
+from diffmoe.config import expanded
 
 
 def main(argv: Sequence[str]) -> int:
     """Serve the page until it is interrupted."""
     parser = bare_parser("app", "Serve a web page on this machine: a picture in, what the experts do out.")
-    parser.add_argument("--checkpoint", nargs="+", default=[], metavar="FILE", help="model files to choose from")
     parser.add_argument(
-        "--checkpoints_dir", default="checkpoints", help="without --checkpoint: all model files in this folder"
+        "--checkpoint", nargs="+", default=[], type=expanded, metavar="FILE", help="model files to choose from"
+    )
+    parser.add_argument(
+        "--checkpoints_dir",
+        default="checkpoints",
+        type=expanded,
+        help="without --checkpoint: all model files in this folder",
     )
     parser.add_argument("--gallery", metavar="DIR", help="the folder of pictures that may be searched; default: none")
     parser.add_argument(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diffmoe.commands.parsing import model_parser, show
-from diffmoe.config import UserError
+from diffmoe.config import UserError, expanded
 from diffmoe.config.settings import parse_given
 
 
@@ -15,7 +15,12 @@ def main(argv: Sequence[str]) -> int:
     """Write a caption for each picture."""
     parser = model_parser("caption", "Write a caption for each picture.", images="+")
     parser.add_argument("--seed", type=int, default=0, help="of --decoding sample (default: 0)")
-    parser.add_argument("--output_dir", default="visualizations/captions", help="for captions.json and captions.png")
+    parser.add_argument(
+        "--output_dir",
+        default="visualizations/captions",
+        type=expanded,
+        help="for captions.json and captions.png",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace files of these names that are not its own")
     args, rest = parser.parse_known_args(argv)
     given = parse_given("generation", rest, prog="diffmoe caption")

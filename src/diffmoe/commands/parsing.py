@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from diffmoe.config import UserError
+from diffmoe.config import UserError, expanded
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
@@ -28,19 +31,40 @@ def model_parser(command: str, description: str, images: str | None = None) -> a
     parser = bare_parser(command, description)
     if images:
         parser.add_argument("images", nargs=images, metavar="IMAGE", help="picture files of any size and kind")
-    parser.add_argument("--checkpoint", required=True, help="model file, such as checkpoints/cifar10_model.pth")
+    parser.add_argument(
+        "--checkpoint", required=True, type=expanded, help="model file, such as checkpoints/cifar10_model.pth"
+    )
     parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser
 
 
+@contextmanager
+def unread_is_no_error() -> Iterator[None]:
+    """Where nobody reads stdout any more (`| head -1`), work goes on, and what is printed from then on goes nowhere."""
+    try:
+        yield
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def show(results: Any, as_json: bool, table: Callable[[Any], object]) -> int:
     """Print, and return the exit code."""
     if as_json:
-        print(json.dumps(results, ensure_ascii=False, indent=2))
+        print(_json(results))
     else:
         table(results)
     return 0
+
+
+def _json(results: Any) -> str:
+    """With escapes where stdout could not carry it as it is: a name that is read back must be the same."""
+    text = json.dumps(results, ensure_ascii=False, indent=2)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(results, indent=2)
+    return text
 
 
 def print_predictions(rows: list[dict[str, Any]]) -> None:

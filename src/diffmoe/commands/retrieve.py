@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffmoe.commands.parsing import model_parser, show
-from diffmoe.config import DataConfig, UserError, dataset_name
+from diffmoe.config import DataConfig, UserError, dataset_name, expanded
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str]) -> int:
     """Search."""
     parser = model_parser("retrieve", "Find pictures by a text, or texts by a picture.")
-    parser.add_argument("gallery", help="a folder of pictures, or a dataset")
+    parser.add_argument("gallery", type=expanded, help="a folder of pictures, or a dataset")
     parser.add_argument("--text", help="asks for pictures of the gallery")
-    parser.add_argument("--image", help="a picture file; asks for texts")
-    parser.add_argument("--sentences", help="file of texts, one a line; default: the gallery's captions")
+    parser.add_argument("--image", type=expanded, help="a picture file; asks for texts")
+    parser.add_argument("--sentences", type=expanded, help="file of texts, one a line; default: the gallery's captions")
     parser.add_argument("--data_dir", help="folder that holds the dataset")
     parser.add_argument("--split", default="test", help="split of a dataset (default: test)")
-    parser.add_argument("--index", help="file that keeps the embeddings; default: in output_dir")
+    parser.add_argument("--index", type=expanded, help="file that keeps the embeddings; default: in output_dir")
     parser.add_argument("--overwrite", action="store_true", help="make the index again where it does not fit")
     parser.add_argument("--top", type=int, default=8, help="how many to find (default: 8)")
-    parser.add_argument("--output_dir", default="visualizations", help="for the index and the picture")
+    parser.add_argument("--output_dir", default="visualizations", type=expanded, help="for the index and the picture")
     args = vars(parser.parse_args(argv))
     as_json = args.pop("json")
     if args["top"] < 1:
@@ -128,7 +128,7 @@ def _open_gallery(used: Predictor, gallery: str, data_dir: str | None, split: st
     from diffmoe.data.pictures import LazyImages
     from diffmoe.storage.index import gallery_fingerprint
 
-    folder = Path(gallery).expanduser()
+    folder = Path(gallery)
     if data_dir is None and folder.is_dir() and (names := picture_files(folder)) and not (folder / "train").is_dir():
         files = FilePictures(folder, names)
         paths = tuple(str(folder / name) for name in names)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from diffmoe.commands.parsing import unread_is_no_error
 from diffmoe.config.settings import Settings, parse_settings
 
 
@@ -33,4 +34,5 @@ def run(settings: Settings) -> int:
 
 
 def _tell(line: str) -> None:
-    print(line, flush=True)
+    with unread_is_no_error():
+        print(line, flush=True)

@@ -7,7 +7,7 @@ Nothing here imports anything heavy, so that `diffmoe --help` answers at once.
 """
 
 from diffmoe.config.data import EMBEDDED_DATASETS, HUB_DATASETS, DataConfig, dataset_name
-from diffmoe.config.errors import MAX_SEED, UserError, nearest
+from diffmoe.config.errors import MAX_SEED, UserError, expanded, nearest
 from diffmoe.config.model import END_ID, START_ID, VOCAB_SIZE, ModelConfig
 from diffmoe.config.output import GenerationConfig, VisualizationConfig
 from diffmoe.config.training import RunConfig, TrainingConfig
@@ -27,5 +27,6 @@ __all__ = [
     "UserError",
     "VisualizationConfig",
     "dataset_name",
+    "expanded",
     "nearest",
 ]

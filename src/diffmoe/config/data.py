@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffmoe.config.errors import MAX_SEED, check, check_at_least, check_at_most, check_fraction
+from diffmoe.config.errors import MAX_SEED, check, check_at_least, check_at_most, check_fraction, expand, expanded
 
 EMBEDDED_DATASETS = ("digits", "shapes")
 """Sets that need no download: scikit-learn's digits, and captioned shapes that the program draws."""
@@ -46,6 +46,7 @@ class DataConfig:
     """Worker processes for a set that is not held in memory."""
 
     def __post_init__(self) -> None:
+        expand(self, "dataset", "data_dir")
         check_fraction(self, "val_fraction", "test_fraction", "erase")
         check(self.val_fraction > 0, "val_fraction", self.val_fraction, "over 0")
         check(self.test_fraction > 0, "test_fraction", self.test_fraction, "over 0")
@@ -60,4 +61,5 @@ class DataConfig:
 
 def dataset_name(dataset: str) -> str:
     """The name that a set's files get: its own, or the last part of a path or hub name."""
-    return Path(dataset).name or "data"
+    path = Path(expanded(dataset))
+    return (path.resolve() if path.name in ("", "..") else path).name or "data"  # `.` and `..` are no names

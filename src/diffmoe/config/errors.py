@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
 from typing import Any
+from unicodedata import category
 
 MAX_SEED = 2**63 - 1
 """The largest whole number that torch takes."""
@@ -12,6 +14,25 @@ MAX_SEED = 2**63 - 1
 
 class UserError(ValueError):
     """A mistake of the user's, in one line: what is wrong and what would be right. The command line exits with 2."""
+
+    def __str__(self) -> str:
+        """What would end the line or do something to a terminal is written as Python writes it."""
+        return "".join(c if c.isprintable() or category(c) == "Zs" else repr(c)[1:-1] for c in super().__str__())
+
+
+def expanded(path: str) -> str:
+    """A path with `~` as the user's home. Raises `UserError` where there is none."""
+    found = os.path.expanduser(path)
+    if found.split("/")[0] == "~":
+        raise UserError(f"{path} begins with ~, and this user has no home: it must be named whole")
+    return found
+
+
+def expand(config: Any, *names: str) -> None:
+    """`expanded`, of those fields of a frozen config that hold a path."""
+    for name in names:
+        if (path := getattr(config, name)) is not None:
+            object.__setattr__(config, name, expanded(path))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

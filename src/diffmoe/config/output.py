@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from diffmoe.config.errors import check, check_at_least
+from diffmoe.config.errors import check, check_at_least, expand
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,5 +52,6 @@ class VisualizationConfig:
     """The by-class figure shows at most so many classes, the worst ones."""
 
     def __post_init__(self) -> None:
+        expand(self, "output_dir")
         check_at_least(self, 30, "dpi")
         check_at_least(self, 1, "examples", "weakest_classes")

@@ -25,6 +25,7 @@ from diffmoe.config import (
     TrainingConfig,
     UserError,
     VisualizationConfig,
+    expanded,
     nearest,
 )
 from diffmoe.config.recipes import read_yaml, recipe
@@ -150,7 +151,7 @@ def _read_configs(argv: Sequence[str], with_mode: bool) -> tuple[list[str], list
             path = value or next(words, None)
             if path is None:
                 raise UserError("--config: expected one argument")
-            from_yaml += _yaml_flags(Path(path), with_mode)
+            from_yaml += _yaml_flags(Path(expanded(path)), with_mode)
             continue
         if word.startswith("--") and name not in FIELDS and name not in extra:
             raise UserError(f"unknown flag --{name}{nearest(name, [*FIELDS, *extra, 'config'])}; --help lists all")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from diffmoe.config.errors import MAX_SEED, check, check_at_least, check_at_most, check_fraction
+from diffmoe.config.errors import MAX_SEED, check, check_at_least, check_at_most, check_fraction, expand
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,5 +73,6 @@ class RunConfig:
     """Replace what an earlier run left in save_dir."""
 
     def __post_init__(self) -> None:
+        expand(self, "init", "checkpoint", "save_dir")
         check_at_least(self, 1, "num_devices")
         check(not (self.resume and self.overwrite), "resume", True, "given without overwrite")

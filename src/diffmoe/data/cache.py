@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import zlib
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from diffmoe.config import UserError
@@ -16,11 +18,16 @@ log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
 """Part of every file's name: raise it when decoding or the layout changes, and old files are no longer read."""
+CHECKSUM = "crc32"
+"""Name in a file's metadata."""
 
 
 def cache_dir() -> Path:
-    """`$DIFFMOE_CACHE`, or `~/.cache/diffmoe`."""
-    return Path(os.environ.get("DIFFMOE_CACHE") or "~/.cache/diffmoe").expanduser()
+    """`$DIFFMOE_CACHE`, or `~/.cache/diffmoe`; of a user without a home one where nothing can be written."""
+    try:
+        return Path(os.environ.get("DIFFMOE_CACHE") or "~/.cache/diffmoe").expanduser()
+    except RuntimeError:
+        return Path(os.devnull, "diffmoe")
 
 
 def cache_path(fingerprint: str, spec: PictureSpec) -> Path:
@@ -29,15 +36,20 @@ def cache_path(fingerprint: str, spec: PictureSpec) -> Path:
 
 
 def read_cache(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-    """Tensors (mapped from the file, so that unused ones cost nothing) and metadata; None where absent or damaged."""
+    """Tensors, mapped from the file, and metadata; None where absent, damaged, or not as it was written."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = dict(file.metadata() or {})
+        written = metadata.pop(CHECKSUM, None)  # none: of an earlier version
+        if written not in (None, _checksum(tensors, metadata)):
+            raise ValueError("its checksum does not hold")
+        return tensors, metadata
     except FileNotFoundError:
         return None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         log.warning("%s is damaged and is made again (%s)", path, error)
         return None
 
@@ -47,7 +59,17 @@ def write_cache(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    content = {**metadata, CHECKSUM: _checksum(tensors, metadata)}
     try:
-        write_atomically(path, lambda unfinished: save_file(tensors, unfinished, metadata))
+        write_atomically(path, lambda unfinished: save_file(tensors, unfinished, content))
     except (SafetensorError, UserError) as error:
         log.warning("the decoded pictures are not cached: %s; set DIFFMOE_CACHE to a folder that can be", error)
+
+
+def _checksum(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """CRC-32 of all that is in a file, in hex digits."""
+    crc = zlib.crc32(repr(sorted(metadata.items())).encode())
+    for name, tensor in sorted(tensors.items()):
+        crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode(), crc)
+        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, crc)
+    return f"{crc:08x}"

@@ -85,6 +85,9 @@ def load_dataset(config: DataConfig, picture: PictureSpec, progress: bool = True
     Raises `UserError` where the set or one of its pictures will not do.
     """
     class_names, splits = _make(config, picture) if config.built_in else _read(config, picture, progress)
+    # A folder may be called what is no UTF-8: no tokenizer reads that, and no file takes it.
+    named = (name.encode("utf-8", "surrogateescape") for name in class_names)
+    class_names = tuple(name.decode("utf-8", "backslashreplace") for name in named)
     _check_splits(config, splits, progress)
     train, validation, test = splits["train"], splits.get("validation"), splits.get("test")
     if test is None:

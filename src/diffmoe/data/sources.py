@@ -59,9 +59,9 @@ def find_source(config: DataConfig) -> Source:
     Raises `UserError` where it is nowhere, or named twice; with `data_dir` the hub is never asked.
     """
     name = config.dataset
-    folder = Path(name).expanduser()
+    folder = Path(name)
     if config.data_dir is not None:
-        found = _find_in(Path(config.data_dir).expanduser(), name)
+        found = _find_in(Path(config.data_dir), name)
         if "/" in name and folder.exists() and not folder.samefile(found):
             raise UserError(
                 f"dataset is {name!r}, which is there, and data_dir holds {str(found)!r}: give one of the two"

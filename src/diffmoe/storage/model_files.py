@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 import pickle
+import reprlib
+import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +21,7 @@ from typing import Any
 
 import torch
 
-from diffmoe.config import DataConfig, ModelConfig, UserError
+from diffmoe.config import DataConfig, ModelConfig, UserError, dataset_name, expanded
 from diffmoe.data.loading import Dataset
 from diffmoe.data.pictures import PictureSpec
 from diffmoe.files import write_atomically
@@ -101,12 +105,13 @@ def read(path: str | Path, kind: str) -> dict[str, Any]:
 
     `kind` is the format expected: `MODEL_FORMAT` for a model file.
     """
-    path = Path(path)
+    path = Path(expanded(str(path)))
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist")
     # Only torch's zip files are ours: nothing else is unpickled at all, not even warily.
     if not zipfile.is_zipfile(path):
         raise UserError(f"checkpoint {path} is truncated or is not a checkpoint")
+    _check_records(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -120,6 +125,20 @@ def read(path: str | Path, kind: str) -> dict[str, Any]:
     return content
 
 
+def _check_records(path: Path) -> None:
+    """Raises `UserError` where a part of the file is not as it was written.
+
+    torch writes a CRC-32 beside each record, and does not look at it when it reads.
+    """
+    try:
+        with zipfile.ZipFile(path) as records:
+            damaged = records.testzip()
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, OSError, ValueError, struct.error) as error:
+        raise UserError(f"checkpoint {path} is truncated or is not a checkpoint") from error
+    if damaged is not None:
+        raise UserError(f"checkpoint {path} is damaged: {damaged} in it is not as it was written")
+
+
 def load_model_file(path: str | Path) -> ModelFile:
     """A model file. Raises `UserError` naming the path and what is wrong with it."""
     content = read(path, MODEL_FORMAT)
@@ -131,7 +150,45 @@ def load_model_file(path: str | Path) -> ModelFile:
         model.load_state_dict(state)
     except (TypeError, RuntimeError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"checkpoint {path} does not fit this version: {' '.join(str(error).split())[:200]}") from error
+    _check_values(path, model, data)
     return ModelFile(model.eval(), data)
+
+
+def _check_values(path: str | Path, model: Head, data: DataInfo) -> None:
+    """Raises `UserError` naming what in a file is of the right kind and yet cannot be."""
+
+    def check(holds: bool, wrong: str) -> None:
+        if not holds:
+            raise UserError(f"checkpoint {path} is damaged: {wrong}")
+
+    config, names = model.config, data.class_names
+    check_finite(path, model.state_dict())
+    for name, allowed in (("mean", lambda value: 0 <= value < math.inf), ("std", lambda value: 0 < value < math.inf)):
+        values = getattr(data, name)
+        fits = isinstance(values, list | tuple) and len(values) == config.in_channels
+        good = fits and all(isinstance(value, int | float) and allowed(value) for value in values)
+        right = f"{config.in_channels} finite numbers {'from 0 on' if name == 'mean' else 'over 0'}"
+        check(good, f"{name} is {reprlib.repr(values)}: it must be {right}")
+    is_name = isinstance(data.dataset, str) and data.dataset == dataset_name(data.dataset)
+    check(is_name, f"dataset is {reprlib.repr(data.dataset)}: it must be a name")
+    are_texts = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+    check(are_texts, f"class_names are {reprlib.repr(names)}: they must be texts")
+    classes = config.num_classes if isinstance(model, ImageClassifier) else 0
+    check(len(names) == classes, f"class_names are {len(names)}: the model has {classes} classes")
+    if isinstance(model, ImageClassifier) and (tokens := model.class_tokens) is not None:
+        known = not tokens.is_floating_point() and bool(((tokens >= 0) & (tokens < config.vocab_size)).all())
+        check(known, f"class_tokens are not ids under vocab_size ({config.vocab_size})")
+        shape = tuple(tokens.shape)
+        has_mask = model.class_mask is not None and model.class_mask.shape == shape
+        fits = has_mask and len(shape) == 3 and shape[-1] <= config.max_text_len
+        check(fits, f"class_tokens are {shape}: they must be 3D, no longer than {config.max_text_len}, as class_mask")
+
+
+def check_finite(path: str | Path, state: Mapping[str, torch.Tensor]) -> None:
+    """Raises `UserError` where a weight of the file at `path` is not a finite number."""
+    for name, weight in state.items():
+        if not weight.isfinite().all():
+            raise UserError(f"checkpoint {path} is damaged: {name} holds values that are no finite numbers")
 
 
 def _head(kind: object) -> type[Head]:

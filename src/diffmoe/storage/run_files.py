@@ -108,7 +108,8 @@ class RunFiles:
         # Metrics are of float32: digits past the sixth are noise.
         rounded = json.loads(json.dumps(values), parse_float=lambda digits: round(float(digits), 6))
         text = json.dumps({**self.read_metrics(), **rounded}, indent=2, ensure_ascii=False) + "\n"
-        write_atomically(self.metrics, lambda path: path.write_text(text, encoding="utf-8"))
+        encoded = text.encode("utf-8", "backslashreplace")  # what is no UTF-8, of a name, becomes a JSON escape
+        write_atomically(self.metrics, lambda path: path.write_bytes(encoded))
 
     def read_metrics(self) -> dict[str, Any]:
         """What `metrics.json` holds; empty where there is none. Raises `UserError` where it is damaged."""

@@ -233,7 +233,8 @@ def is_captions_file(path: Path) -> bool:
 
 
 def _as_text(rows: list[dict[str, Any]]) -> str:
-    return json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
+    text = json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode()  # what is no UTF-8, of a name, becomes a JSON escape
 
 
 def _shapes_metrics(

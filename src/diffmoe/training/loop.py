@@ -65,6 +65,20 @@ class Progress:
         """As a dict of tensors and numbers, for a checkpoint."""
         return dict(vars(self))
 
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> Progress:
+        """What `state` returned. Raises `TypeError` or `ValueError` where it did not."""
+        found = cls(**state)
+        for name in ("epoch", "window", "step", "pictures", "epochs_since_best"):
+            if not isinstance(value := getattr(found, name), int) or value < 0:
+                raise ValueError(f"{name} is {value!r}")
+        numbers = [found.seconds, found.best or 0.0, *(value for row in found.history for value in row.values())]
+        if not all(isinstance(value, int | float) for value in numbers) or len(found.history) != found.epoch:
+            raise ValueError("the history is not one of numbers")
+        if not all(isinstance(value, torch.Tensor) for value in found.sums.values()):
+            raise ValueError("the sums are not tensors")
+        return found
+
 
 class StopRequested(Exception):  # noqa: N818 - it is a request, not an error
     """Ctrl-C or SIGTERM: the step was finished and the run saved."""

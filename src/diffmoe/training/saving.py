@@ -12,7 +12,7 @@ import torch
 from lightning_fabric import Fabric
 
 from diffmoe.config import UserError
-from diffmoe.storage.model_files import DataInfo, read, save_model, write
+from diffmoe.storage.model_files import DataInfo, check_finite, read, save_model, write
 from diffmoe.storage.run_files import RunFiles
 from diffmoe.training.loop import Progress
 from diffmoe.training.objective import Trainee
@@ -64,8 +64,18 @@ def save_run(
 
 
 def load_run(path: Path, trainee: Trainee, shared: Mapping[str, Any]) -> Progress:
-    """Put back what `save_run` wrote. Raises `UserError` where what both must share differs."""
+    """Put back what `save_run` wrote. Raises `UserError` where what both must share differs, or the file is damaged."""
     states = read(path, RUN_FORMAT)
+    try:
+        return _put_back(path, states, trainee, shared)
+    except UserError:
+        raise
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, IndexError) as error:
+        reason = f"{type(error).__name__} {' '.join(str(error).split())[:200]}"
+        raise UserError(f"checkpoint {path} is damaged ({reason}): begin anew with --overwrite") from error
+
+
+def _put_back(path: Path, states: dict[str, Any], trainee: Trainee, shared: Mapping[str, Any]) -> Progress:
     for name, value in shared.items():
         former = states["shared"].get(name)
         if former == value:
@@ -76,14 +86,15 @@ def load_run(path: Path, trainee: Trainee, shared: Mapping[str, Any]) -> Progres
                 "differ): bring that back, or begin anew with --overwrite"
             )
         raise UserError(f"resume: {name} is {value!r} but was {former!r} in {path}: give the flags it began with")
-    trainee.model.load_state_dict(states["model"])
-    trainee.optimizer.load_state_dict(states["optimizer"])
     fabric = trainee.fabric
+    trainee.model.load_state_dict(states["model"])
+    check_finite(path, states["model"])
+    trainee.optimizer.load_state_dict(states["optimizer"])
     rng = states["rng"].view(-1, states["rng"].shape[-1])
     if len(rng) != fabric.world_size:
         raise UserError(f"resume: {path} was written by {len(rng)} devices, not {fabric.world_size}")
     _set_rng_state(fabric, rng[fabric.global_rank])
-    return Progress(**states["progress"])
+    return Progress.of(states["progress"])
 
 
 DATA = "data"

@@ -12,8 +12,12 @@ import pytest
 import torch
 
 from diffmoe import Captioner, load_model
+from diffmoe.config import DataConfig
+from diffmoe.data import shapes
+from diffmoe.data.loading import load_dataset
+from diffmoe.data.pictures import PictureSpec
 from diffmoe.tasks import captioning
-from diffmoe.tasks.captioning import captions_as_text, is_captions_file
+from diffmoe.tasks.captioning import SHEET, captions_as_text, is_captions_file
 
 Cli = Callable[..., Any]
 
@@ -42,6 +46,22 @@ def test_captions_of_ones_own_shapes_are_not_judged_as_the_drawn_ones(
     metrics = json.loads((tmp_path / "own" / "shapes" / "metrics.json").read_text())
     assert metrics["dataset"] == "shapes"
     assert not [name for name in metrics if name.startswith("captions_right")]
+
+
+def test_the_sheet_is_of_the_whole_split_with_the_share_of_new_pairs_that_it_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(shapes, "SPLIT_SIZES", {"train": 8, "validation": 4, "test": 48})
+    split: Any = load_dataset(DataConfig(dataset="shapes"), PictureSpec(16, 3)).test
+    rows = captioning.Captioning().examples(split, SHEET)
+    assert len(rows.unique()) == SHEET
+    assert split.held_out[rows].float().mean() == split.held_out.float().mean() == 0.25
+    figure = captioning.sheet(split, rows, [f"written of {row}" for row in rows.tolist()])
+    for axes, row in zip(figure.axes, rows.tolist(), strict=True):
+        own, reference, *mark = (" ".join(text.get_text().split()) for text in axes.texts)
+        assert (own, reference) == (f"written of {row}", split.captions[row][0])
+        assert mark == ["new pair"] * bool(split.held_out[row])
+    assert captioning.Captioning().examples(split, 99).tolist() == list(range(48))
 
 
 def test_testing_adds_captions_retrieval_and_pictures(captioned: Any, cli: Cli, tmp_path: Path) -> None:

@@ -28,25 +28,39 @@ PAD = 4 / 72
 
 
 @styled()
-def caption_sheet(images: Tensor, captions: Sequence[str], references: Sequence[str] | None = None) -> Figure:
-    """How to read it: under each picture is what the model wrote and, in grey, what a person wrote.
+def caption_sheet(
+    images: Tensor,
+    captions: Sequence[str],
+    references: Sequence[str] | None = None,
+    new: Sequence[bool] | None = None,
+) -> Figure:
+    """How to read it: under each picture is what the model wrote and, in grey, a reference.
 
-    `images` (N, 1 or 3, H, W) uint8; `captions` and `references`: one text a picture.
+    `images` (N, 1 or 3, H, W) uint8; `captions` and `references`: one text a picture; `new`: whether its pair of
+    properties, such as colour and kind, is in no training picture, which is then said below them.
     """
     written = [captions] if references is None else [captions, references]
     for texts in written:
         _check_count("captions", len(texts), images)
-    side = 2.1
+    new = [False] * len(images) if new is None else new
+    _check_count("marks", len(new), images)
+    side, colors = 2.1, (style.INK, style.MUTED)
     wrapped = [
-        [style.wrap(text if text.strip() else say("(nothing)"), side, style.SMALL) for text in texts]
+        [
+            (style.wrap(text if text.strip() else say("(nothing)"), side, style.SMALL), color)
+            for text, color in zip(texts, colors, strict=False)
+        ]
         for texts in zip(*written, strict=True)
     ]
-    below = [sum(PAD + _height(text) for text in texts) for texts in wrapped]
+    for texts, is_new in zip(wrapped, new, strict=True):
+        if is_new:
+            texts.append((say("new pair"), style.VERMILLION))
+    below = [sum(PAD + _height(text) for text, _ in texts) for texts in wrapped]
     figure, panels = _grid(images, side, below, most_columns=4)
-    for axes, (caption, *reference) in zip(panels, wrapped, strict=True):
-        own = _write_below(axes, axes.transAxes, caption, style.INK)
-        for text in reference:
-            _write_below(axes, own, text, style.MUTED)
+    for axes, texts in zip(panels, wrapped, strict=True):
+        above: Transform | Text = axes.transAxes
+        for text, color in texts:
+            above = _write_below(axes, above, text, color)
     return figure
 
 

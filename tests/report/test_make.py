@@ -173,6 +173,11 @@ def test_each_figure_has_its_sentence(shown: Shown) -> None:
         assert ("<img " in part) == ("How to read it: " in part)
 
 
+def test_top_5_of_three_classes_is_left_out(shown: Shown) -> None:
+    assert "expected calibration error" in shown.html
+    assert "top-5" not in shown.html
+
+
 def test_a_class_that_is_code_is_text(shown: Shown) -> None:
     assert "<script" not in shown.page.read_text(encoding="utf-8")
 

@@ -7,6 +7,8 @@ import json
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from jsonargparse import ArgumentParser, set_parsing_settings
+
 from diffmoe.config import UserError
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -32,6 +34,19 @@ def model_parser(command: str, description: str, images: str | None = None) -> a
     parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser
+
+
+def list_fields(parser: argparse.ArgumentParser, config: type) -> None:
+    """Add the fields of a config, which are flags too (`parse_group`), to the help, as that of `train` has them."""
+    own = parser.format_help
+
+    def format_help() -> str:
+        set_parsing_settings(docstring_parse_attribute_docstrings=True)
+        fields = ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
+        fields.add_class_arguments(config, nested_key=None)
+        return f"{own()}\n{fields.format_help()}"
+
+    parser.format_help = format_help
 
 
 def show(results: Any, as_json: bool, table: Callable[[Any], object]) -> int:

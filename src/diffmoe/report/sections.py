@@ -34,7 +34,8 @@ def scores(subject: Subject) -> Section:
     """The figures of the whole split."""
     metrics = subject.scores
     table = [(say("score"), say("value")), (say("accuracy"), _percent(metrics["accuracy"]))]
-    table.append((say("top-5 accuracy"), _percent(metrics["top5_accuracy"])))
+    if len(subject.class_names) > 5:  # else it is always 100%
+        table.append((say("top-5 accuracy"), _percent(metrics["top5_accuracy"])))
     if "zero_shot_accuracy" in metrics:
         table.append((say("zero-shot accuracy, by class descriptions"), _percent(metrics["zero_shot_accuracy"])))
     table.append((say("expected calibration error"), _percent(metrics["ece"])))

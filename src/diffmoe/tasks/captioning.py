@@ -122,11 +122,9 @@ class Captioning(Task):
         return Tested(metrics, figures, {FILE: captions_as_text(range(len(written)), written, split.captions)})
 
     def report_lines(self, metrics: dict[str, Any], data: Dataset) -> list[str]:
-        lines = []
-        for name, value in metrics.items():
-            is_share = name.startswith(("i2t_r", "t2i_r", "captions_right")) or name.endswith("accuracy")
-            lines.append(f"  {name:28}" + (f"{value:8.1%}" if is_share else f"{value:8.3f}"))
-        return lines
+        from diffmoe.visualization.captions import caption_scores
+
+        return [f"  {name:34}{value:>8}" for name, value in caption_scores(metrics).values()]
 
     def check_outputs(self, folder: Path, overwrite: bool) -> None:
         """`captions.json`."""

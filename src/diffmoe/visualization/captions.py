@@ -5,7 +5,8 @@ Places are computed in inches, so that a text of any length gets the room it nee
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,6 +15,7 @@ from matplotlib.text import Text
 from matplotlib.transforms import Transform
 from torch import Tensor
 
+from diffmoe.evaluation.retrieval import RECALL_AT
 from diffmoe.visualization import style
 from diffmoe.visualization.language import say
 from diffmoe.visualization.marks import axes_at, show_picture
@@ -62,6 +64,36 @@ def caption_sheet(
         for text, color in texts:
             above = _write_below(axes, above, text, color)
     return figure
+
+
+def caption_scores(metrics: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Of what testing a captioner measures, by key: its name in the current language, and its value as it is written.
+
+    What else is in `metrics` is left out.
+    """
+    names = {
+        "test_loss": say("next-token loss, nats"),
+        "test_accuracy": say("next-token accuracy"),
+        **{f"bleu{n}": f"BLEU-{n}" for n in range(1, 5)},
+        **{"rouge_l": "ROUGE-L", "meteor": "METEOR", "cider": "CIDEr-D"},
+        **{f"i2t_r{k}": say("picture -> text R@{k}", k=k) for k in RECALL_AT},
+        "i2t_median_rank": say("picture -> text median rank"),
+        **{f"t2i_r{k}": say("text -> picture R@{k}", k=k) for k in RECALL_AT},
+        "t2i_median_rank": say("text -> picture median rank"),
+        "captions_right": say("captions right, known pairs"),
+        "captions_right_held_out": say("captions right, new pairs"),
+        "t2i_r1_seen": say("text -> picture R@1, known pairs"),
+        "t2i_r1_achievable": say("the same at best, known pairs"),
+        "t2i_r1_held_out": say("text -> picture R@1, new pairs"),
+        "t2i_r1_achievable_held_out": say("the same at best, new pairs"),
+    }
+    return {key: (name, _written(key, metrics[key])) for key, name in names.items() if key in metrics}
+
+
+def _written(key: str, value: float) -> str:
+    if key.startswith(("i2t_r", "t2i_r", "captions_right")) or key.endswith("accuracy"):
+        return f"{value:.1%}"
+    return f"{value:g}" if key.endswith("rank") else f"{value:.3f}"
 
 
 @styled()

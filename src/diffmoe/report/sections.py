@@ -45,11 +45,10 @@ def scores(subject: Subject) -> Section:
 
 def caption_scores(subject: Subject) -> Section:
     """What `diffmoe test` measured."""
-    names = ("bleu", "rouge", "cider", "meteor", "i2t_", "t2i_", "captions_right", "test_")
-    found = {name: value for name, value in subject.metrics.items() if name.startswith(names)}
+    found = captions.caption_scores(subject.metrics)
     if not found:
         return _left_out(say("Scores"), say("diffmoe test has written none beside the model file."))
-    table = [(say("score"), say("value")), *((name, f"{value:.4g}") for name, value in found.items())]
+    table = [(say("score"), say("value")), *found.values()]
     return Section(say("Scores"), None, "", say("As diffmoe test wrote them beside the model file."), table)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +20,8 @@ import pytest
 import torch
 
 from diffmoe import runs
-from diffmoe.cli import COMMANDS
+from diffmoe.cli import COMMANDS, main
+from diffmoe.config import GenerationConfig, VisualizationConfig
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -40,6 +44,32 @@ class TestHelp:
             cli(command, "--help")
         assert caught.value.code == 0
         assert f"usage: diffmoe {command}" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("command", [None, *COMMANDS])
+    def test_in_a_narrow_terminal_no_word_is_broken(self, capsys, monkeypatch, command):
+        """A line may end after a word's hyphen, and is at most as long as the terminal is wide."""
+        words = {}
+        for columns in (60, 500):
+            monkeypatch.setenv("COLUMNS", str(columns))
+            if command is None:
+                main(["--help"])
+            else:
+                with pytest.raises(SystemExit):
+                    main([command, "--help"])
+            out = capsys.readouterr().out
+            assert command not in (None, "caption", "visualize") or max(map(len, out.splitlines())) <= columns
+            words[columns] = re.sub(r"(?<=\w)-\n\s+", "-", out).split()
+        assert words[60] == words[500]
+
+    @pytest.mark.parametrize(("command", "config"), [("caption", GenerationConfig), ("visualize", VisualizationConfig)])
+    def test_fields_that_are_flags_are_listed_with_what_they_do(self, capsys, command, config):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        out = " ".join(capsys.readouterr().out.split())
+        source = inspect.getsource(config)
+        for field in dataclasses.fields(config):
+            (does,) = re.findall(rf"    {field.name}: .*\n    \"{{3}}(.*)\"{{3}}", source)
+            assert re.search(rf"--{field.name} \S+ {re.escape(does)}", out)
 
     def test_version(self, cli, tmp_path):
         told = f"diffmoe {version('diff-moe')}\n"

@@ -159,3 +159,22 @@ def test_the_two_readmes_say_the_same() -> None:
     assert code[0] == code[1]
     figures = [re.findall(r"\d+\.\d+ ?%|\d+\.\d+ GB", (ROOT / readme).read_text("utf-8")) for readme in READMES]
     assert figures[0] == figures[1]
+
+
+def test_a_preset_is_for_the_same_everywhere() -> None:
+    told = re.findall(
+        r"^(\w+):.*# (.+)$", (ROOT / "configs" / "presets.yaml").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert len(told) == 3
+    for name, purpose in told:
+        assert f"| `{name}` | {purpose} |" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_how_often_shapes_are_described_rightly_is_said_of_old_pairs_new_pairs_and_all(readme: str) -> None:
+    recipe = (ROOT / "configs" / "shapes.yaml").read_text(encoding="utf-8")
+    (known,) = re.findall(r"([\d.]+)% of the 750 test pictures with known pairs", recipe)
+    (new,) = re.findall(r"([\d.]+)% of the 250 with new ones", recipe)
+    overall = (750 * float(known) + 250 * float(new)) / 1000
+    found = re.findall(r"[\d.]+(?=%)", (ROOT / readme).read_text(encoding="utf-8"))
+    assert ",".join([known, new, f"{overall:.1f}"]) in ",".join(found)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import io
 import logging
+import shutil
 import signal
 import sys
+import textwrap
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
@@ -48,6 +50,16 @@ examples:
 `diffmoe <command> --help` lists the flags of one command."""
 
 
+def help_text() -> str:
+    """`HELP`; where the terminal is narrower, its lines end between words."""
+    fold = textwrap.TextWrapper(shutil.get_terminal_size().columns, break_long_words=False, break_on_hyphens=False)
+    lines = []
+    for line in HELP.splitlines():
+        fold.subsequent_indent = " " * 14 if line.startswith(" ") else ""
+        lines.append(fold.fill(line))
+    return "\n".join(lines)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for a user's mistake, 128 + the signal's number when stopped."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -72,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def dispatch(argv: list[str]) -> int:
     """Find the command and run it. Raises `UserError`."""
     if not argv or argv[0] == "help" or (argv[0] in ("-h", "--help") and len(argv) == 1):
-        print(HELP)
+        print(help_text())
         return 0
     command = argv[0]
     if command == "--version":

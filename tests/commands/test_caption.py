@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from diffmoe.commands.caption import OUTPUT_DIR
+
 Cli = Callable[..., Any]
 
 
@@ -28,6 +30,17 @@ def test_captions_are_printed_saved_and_drawn(captioned: Any, cli: Cli, tmp_path
     ]
     assert sampled[0] == sampled[1]
     assert len(set(sampled)) > 1
+
+
+def test_json_is_for_other_programs_and_leaves_nothing_behind(
+    captioned: Any, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = ("caption", captioned.pictures[0], "--checkpoint", captioned.model, "--device", "cpu")
+    told = json.loads(cli(*flags, "--json").out)
+    assert list(tmp_path.iterdir()) == []
+    assert cli(*flags).code == 0
+    assert json.loads((tmp_path / OUTPUT_DIR / "captions.json").read_text()) == told
 
 
 FOREIGN = {

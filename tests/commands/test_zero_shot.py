@@ -23,6 +23,13 @@ def test_zero_shot_gives_each_label_a_probability(captioned: Any, cli: Cli) -> N
         assert sum(found["probability"] for found in row["predictions"]) == pytest.approx(1, abs=1e-5)
 
 
+def test_a_label_that_is_given_twice_counts_once(captioned: Any, cli: Cli) -> None:
+    flags = ("zero-shot", captioned.pictures[0], "--checkpoint", captioned.model, "--device", "cpu", "--json")
+    twice, once = (json.loads(cli(*flags, "--labels", "cat", "dog", *more).out) for more in (("cat",), ()))
+    assert twice == once
+    assert len(once[0]["predictions"]) == 2
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

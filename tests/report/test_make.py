@@ -21,7 +21,9 @@ from diffmoe.data import shapes
 from diffmoe.data.pictures import PictureSpec
 from diffmoe.report import make, sections, subject
 from diffmoe.report.make import make_report
+from diffmoe.storage.run_files import RunFiles
 from diffmoe.tasks import TASKS
+from diffmoe.tasks.captioning import Captioning
 from diffmoe.tasks.classification import Classification
 from diffmoe.visualization.language import LANGUAGES
 
@@ -173,6 +175,11 @@ def test_each_figure_has_its_sentence(shown: Shown) -> None:
         assert ("<img " in part) == ("How to read it: " in part)
 
 
+def test_top_5_of_three_classes_is_left_out(shown: Shown) -> None:
+    assert "expected calibration error" in shown.html
+    assert "top-5" not in shown.html
+
+
 def test_a_class_that_is_code_is_text(shown: Shown) -> None:
     assert "<script" not in shown.page.read_text(encoding="utf-8")
 
@@ -235,6 +242,33 @@ def test_a_captioner_that_sends_each_token_to_one_expert(train: Callable[..., Tr
     ]
     for figure in ("caption_sheet.png", "retrieval.png", "utilization.png", "without_experts.png"):
         assert str(shown.page.parent / figure) in shown.figures
+
+
+@pytest.mark.parametrize(
+    ("lang", "names"),
+    [
+        ("en", ("BLEU-4", "CIDEr-D", "picture -&gt; text R@1", "text -&gt; picture R@1", "next-token loss, nats")),
+        ("zh", ("BLEU-4", "CIDEr-D", "图片 → 文字 R@1", "文字 → 图片 R@1", "下一词元损失（nat）")),
+    ],
+)
+def test_a_captioners_scores_have_names_and_the_first_of_them_stand_at_the_top(
+    captioned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lang: str, names: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(Captioning, "sections", ("caption_scores",))
+    shutil.copytree(captioned.save_dir, tmp_path / "ck")
+    model = tmp_path / "ck" / captioned.model.name
+    values = {"bleu4": 0.13, "cider": 0.275, "i2t_r1": 0.031, "t2i_r1": 0.023, "test_loss": 2.5}
+    RunFiles.beside(model).update_metrics(values)
+    trained = Trained(model, captioned.folder)
+    told = dict(zip(names, ("0.130", "0.275", "3.1%", "2.3%", "2.500"), strict=True))
+    page = show(tmp_path, trained, "--lang", lang).html
+    cards = dict(re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)</dd>", page))
+    assert {name: cards.get(name) for name in names[:4]} == {name: told[name] for name in names[:4]}
+    cells = re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", page)
+    assert told.items() <= set(zip(cells[::2], cells[1::2], strict=True))
+    assert "_r1" not in page
+    of_validation = show(tmp_path, trained, "--split", "validation").html
+    assert "<dt>BLEU-4</dt>" not in of_validation  # they are of the test split
 
 
 def test_what_cannot_be_is_one_line_before_any_work(

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 
 from diffmoe.config import UserError
 from diffmoe.report.page import LARGEST_SVG, Facts, Section, data_uri, how_to_read, write_report
-from diffmoe.visualization import style
-from diffmoe.visualization.language import Language, say
+from diffmoe.visualization import router_confidence, specialization, style
+from diffmoe.visualization.language import Language, chinese, say, speaking
 
 EVIL = '<script>alert("x")</script>'
 VOID = {"meta", "img", "input", "br"}
@@ -143,6 +143,14 @@ def test_sections_may_be_made_one_by_one_and_speak_the_language_of_the_page(tmp_
 def test_no_chinese_font_is_said(tmp_path: Path, language: Language, told: bool) -> None:
     path = write_report(tmp_path / "report.html", "t", [], language)
     assert ("没有安装含中文字符的字体" in path.read_text(encoding="utf-8")) is told
+
+
+def test_how_to_read_is_the_whole_first_paragraph() -> None:
+    for draw, explained in ((specialization, "bits"), (router_confidence, "median"), (router_confidence, "dotted")):
+        assert explained in how_to_read(draw)
+        assert "  " not in how_to_read(draw)
+        with speaking("zh"):
+            assert how_to_read(draw) in chinese().values()
 
 
 def test_how_to_read_needs_its_sentence() -> None:

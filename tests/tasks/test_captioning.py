@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -12,8 +13,13 @@ import pytest
 import torch
 
 from diffmoe import Captioner, load_model
+from diffmoe.config import DataConfig
+from diffmoe.data import shapes
+from diffmoe.data.loading import load_dataset
+from diffmoe.data.pictures import PictureSpec
+from diffmoe.evaluation.retrieval import retrieval_metrics
 from diffmoe.tasks import captioning
-from diffmoe.tasks.captioning import captions_as_text, is_captions_file
+from diffmoe.tasks.captioning import SHEET, captions_as_text, is_captions_file
 
 Cli = Callable[..., Any]
 
@@ -44,6 +50,41 @@ def test_captions_of_ones_own_shapes_are_not_judged_as_the_drawn_ones(
     assert not [name for name in metrics if name.startswith("captions_right")]
 
 
+def test_the_sheet_is_of_the_whole_split_with_the_share_of_new_pairs_that_it_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(shapes, "SPLIT_SIZES", {"train": 8, "validation": 4, "test": 48})
+    split: Any = load_dataset(DataConfig(dataset="shapes"), PictureSpec(16, 3)).test
+    rows = captioning.Captioning().examples(split, SHEET)
+    assert len(rows.unique()) == SHEET
+    assert split.held_out[rows].float().mean() == split.held_out.float().mean() == 0.25
+    figure = captioning.sheet(split, rows, [f"written of {row}" for row in rows.tolist()])
+    for axes, row in zip(figure.axes, rows.tolist(), strict=True):
+        own, reference, *mark = (" ".join(text.get_text().split()) for text in axes.texts)
+        assert (own, reference) == (f"written of {row}", split.captions[row][0])
+        assert mark == ["new pair"] * bool(split.held_out[row])
+    assert captioning.Captioning().examples(split, 99).tolist() == list(range(48))
+
+
+def test_every_score_has_a_name_that_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shapes, "SPLIT_SIZES", {"train": 4, "validation": 2, "test": 8})
+    data = load_dataset(DataConfig(dataset="shapes"), PictureSpec(8, 3))
+    split: Any = data.test
+    owners = torch.arange(8)
+    texts = [texts[0] for texts in split.captions]
+    alone = dataclasses.replace(split, captions=tuple((text,) for text in texts))
+    metrics = retrieval_metrics(torch.eye(8), torch.eye(8), owners) | {"test_loss": 1.25, "test_accuracy": 0.5}
+    metrics |= captioning._shapes_metrics(texts, alone, torch.eye(8), torch.eye(8), owners)
+    metrics |= dict.fromkeys(("bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "cider", "meteor"), 0.125)
+    lines = captioning.Captioning().report_lines(metrics, data)
+    assert len(lines) == len(metrics)
+    assert not [line for line in lines if "_" in line]
+    told = dict(line.strip().rsplit(maxsplit=1) for line in lines)
+    assert told["next-token loss, nats"] == "1.250"
+    assert told["captions right, known pairs"] == told["captions right, new pairs"] == "100.0%"
+    assert (told["picture -> text R@1"], told["text -> picture median rank"]) == ("100.0%", "1")
+
+
 def test_testing_adds_captions_retrieval_and_pictures(captioned: Any, cli: Cli, tmp_path: Path) -> None:
     save_dir = shutil.copytree(captioned.save_dir, tmp_path / "checkpoints")
     where = ("--save_dir", save_dir, "--output_dir", tmp_path, "--device", "cpu")
@@ -52,7 +93,8 @@ def test_testing_adds_captions_retrieval_and_pictures(captioned: Any, cli: Cli, 
     metrics = json.loads((save_dir / "drawn" / "metrics.json").read_text())
     for name in ("bleu1", "bleu4", "rouge_l", "cider", "i2t_r1", "i2t_r10", "t2i_r1", "t2i_median_rank"):
         assert name in metrics
-        assert name in result.out
+    for name in ("BLEU-1", "BLEU-4", "ROUGE-L", "CIDEr-D", "picture -> text R@10", "text -> picture median rank"):
+        assert f"  {name} " in result.out
     assert metrics["epochs"] == 2  # what training wrote is kept
     written = json.loads((tmp_path / "drawn" / "captions.json").read_text())
     assert len(written) == 8

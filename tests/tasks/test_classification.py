@@ -69,3 +69,13 @@ def test_other_classes_than_the_models_are_refused(digits: Dataset) -> None:
     TASK.check_data(tuple("0123456789"), digits, "model.pth")
     with pytest.raises(UserError, match=r"model\.pth was trained on other classes than those of digits"):
         TASK.check_data(("a", "b"), digits, "model.pth")
+
+
+def test_top_5_is_told_where_it_can_be_wrong(digits: Dataset) -> None:
+    for count, is_told in ((5, False), (6, True)):
+        data = dataclasses.replace(digits, class_names=tuple("abcdefgh"[:count]))
+        shares = [0.5] * count
+        metrics = {"test_accuracy": 0.5, "test_top5_accuracy": 0.9, "test_ece": 0.1}
+        lines = TASK.report_lines({**metrics, "test_precision": shares, "test_recall": shares}, data)
+        assert any("top-5" in line for line in lines) is is_told
+        assert len(lines) == 2 + is_told + 1 + count

@@ -98,7 +98,9 @@ class TestFit:
         assert row["train_loss"] == pytest.approx(2.8 + 5)  # beside it (3 * 6 + 1 * 2) / 4
         assert row["router_z_loss"] == 7.5
         assert (row["epoch"], row["step"], row["val_accuracy"]) == (2, 4, 0.5)
-        assert row["lr"] == learning_rate(3, 4, TrainingConfig(lr=0.5, warmup_fraction=0.0))
+        assert (row["peak_lr"], row["lr"]) == tuple(
+            learning_rate(step, 4, TrainingConfig(lr=0.5, warmup_fraction=0.0)) for step in (2, 3)
+        )
         assert row["images_per_second"] == pytest.approx(8 / row["seconds"])
         assert list(row)[:5] == ["epoch", "step", "lr", "train_loss", "train_accuracy"]
 

@@ -19,7 +19,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from tests.visualization.readable import assert_apart
 
-from diffmoe.visualization import caption_sheet, ranked_texts, retrieval_grid, style
+from diffmoe.visualization import caption_sheet, ranked_texts, retrieval_grid, speaking, style
+from diffmoe.visualization.language import Language
 
 TEXTS = (
     "A black dog and a spotted dog are fighting .",
@@ -136,6 +137,17 @@ class TestCaptionSheet:
             assert_shows(axes, image)
             assert written(axes) == texts
             assert [text.get_color() for text in axes.texts] == [style.INK, style.MUTED]
+
+    def test_new_pairs_are_marked_in_both_languages(self) -> None:
+        marks: dict[Language, str] = {"en": "new pair", "zh": "新组合"}
+        for language, mark in marks.items():
+            with speaking(language):
+                figure = caption_sheet(pictures(3), ["a", "b", "c"], ["d", "e", "f"], [False, True, False])
+            if mark == "new pair" or len(style.font_families()) > 1:
+                assert [written(axes) for axes in figure.axes] == [["a", "d"], ["b", "e", mark], ["c", "f"]]
+            assert_readable(figure)
+        with pytest.raises(ValueError, match="1 marks for 2 pictures"):
+            caption_sheet(pictures(2), ["a", "b"], new=[True])
 
     def test_without_references(self) -> None:
         figure = caption_sheet(pictures(2), ["first", "second"])

@@ -68,10 +68,24 @@ def picture(side: int = 16, channels: int = 1) -> Tensor:
     return torch.randint(0, 256, (channels, side, side), generator=generator).byte()
 
 
-def nearest_expert(color: Any, num_experts: int = 8) -> int:
-    """The expert whose colour this is a shade of: black has no part in it where the picture is black."""
-    shades = [0.75 * np.array(to_rgb(expert_color(expert))) for expert in range(num_experts)]
-    return int(np.argmin([np.abs(shade - np.asarray(color) / 255).sum() for shade in shades]))
+def cielab(rgb: Any) -> np.ndarray:
+    """L*, a*, b*, of a D65 white, of sRGB from 0 to 1, (..., 3)."""
+    rgb = np.asarray(rgb, dtype=float)
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    to_xyz = [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
+    x, y, z = np.moveaxis(linear @ np.array(to_xyz).T / (0.95047, 1, 1.08883), -1, 0)
+    x, y, z = (np.where(v > 216 / 24389, np.cbrt(v), (24389 / 27 * v + 16) / 116) for v in (x, y, z))
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], -1)
+
+
+def legend_colors(num_experts: int) -> np.ndarray:
+    return cielab([to_rgb(expert_color(expert)) for expert in range(num_experts)])
+
+
+def nearest_expert(color: Any, num_experts: int = 8) -> Any:
+    """The expert whose colour in the legend is the nearest, in CIELAB, to colours (..., 3) uint8."""
+    colors = cielab(np.asarray(color) / 255)[..., None, :]
+    return np.linalg.norm(colors - legend_colors(num_experts), axis=-1).argmin(-1)
 
 
 def assert_readable(figure: Figure) -> None:
@@ -139,8 +153,7 @@ class TestRoutingMap:
         routing = BlockRouting("image", 0, 8, ids, gates, gates[..., 0], gates[..., 1])
         drawn = routing_picture(torch.zeros(1, 256, 256, dtype=torch.uint8), routing)
         quarters = [drawn[:128, :128], drawn[:128, 128:], drawn[128:, :128], drawn[128:, 128:]]
-        second = np.uint8(255 * 0.75 * np.array(to_rgb(expert_color(1))))
-        parts = [float((quarter == second).all(-1).mean()) for quarter in quarters]
+        parts = [float((nearest_expert(quarter) == 1).mean()) for quarter in quarters]
         assert parts == pytest.approx([0.5, 0.3, 0.1, LEAST_CORNER], abs=0.01)
 
     def test_one_expert_a_token_has_no_corner(self):
@@ -153,6 +166,18 @@ class TestRoutingMap:
             assert nearest_expert(patch[0]) == expert
         title = routing_map(picture(), [routing]).legends[0].get_title().get_text()
         assert title == "expert"
+
+    @pytest.mark.parametrize("num_experts", [8, 16])
+    def test_whatever_the_picture_a_patch_has_the_colour_and_hue_of_its_expert_in_the_legend(self, num_experts: int):
+        """To the eye: in CIELAB the nearest colour of the legend, and its hue where it is not grey."""
+        image, gates = torch.arange(256).byte().view(1, 16, 16), torch.ones(1, 1, 1)
+        for expert, (_, a, b) in enumerate(legend_colors(num_experts)):
+            ids = torch.full((1, 1, 1), expert).short()
+            drawn = routing_picture(image, BlockRouting("image", 0, num_experts, ids, gates, gates[0], gates[0]))
+            assert (nearest_expert(drawn, num_experts) == expert).all()
+            if np.hypot(a, b) > 10:
+                hues = np.arctan2(*np.moveaxis(cielab(drawn / 255)[..., :0:-1], -1, 0)) - np.arctan2(b, a)
+                assert np.abs(np.angle(np.exp(1j * hues), deg=True)).max() < 10
 
     def test_the_picture_can_still_be_seen(self):
         """Within a patch of one colour, what is brighter in the picture is brighter in the map."""

@@ -35,7 +35,7 @@ LONG_NAME = "a name that goes on for much longer than any label can"
 
 
 def history(epochs: int) -> list[dict[str, float]]:
-    keys = ("train_loss", "task_loss", "val_loss", "train_accuracy", "val_accuracy", "lr", *AUXILIARY)
+    keys = ("train_loss", "task_loss", "val_loss", "train_accuracy", "val_accuracy", "lr", "peak_lr", *AUXILIARY)
     values = np.random.default_rng(0).uniform(0.1, 0.9, (epochs, len(keys)))
     return [{"epoch": epoch, **dict(zip(keys, row, strict=True))} for epoch, row in enumerate(values.tolist(), 1)]
 
@@ -93,7 +93,9 @@ class TestTrainingCurves:
         }
         assert lines_by_label(accuracy)["train"] == column("train_accuracy")
         assert lines_by_label(accuracy)["validation"] == column("val_accuracy")
-        for axes, key in zip([rate, *auxiliary], ["lr", *AUXILIARY], strict=True):
+        assert lines_by_label(rate) == {"at the epoch's end": column("lr"), "highest of the epoch": column("peak_lr")}
+        assert rate.get_ylim()[1] > max(row["peak_lr"] for row in rows)
+        for axes, key in zip(auxiliary, AUXILIARY, strict=True):
             assert list(lines_by_label(axes).values()) == [column(key)]
 
     def test_the_first_best_epoch_is_marked(self):
@@ -108,6 +110,20 @@ class TestTrainingCurves:
     def test_few_points_have_markers(self):
         assert training_curves(history(1)).axes[0].get_lines()[0].get_marker() == "o"
         assert training_curves(history(200)).axes[0].get_lines()[0].get_marker() == ""
+
+    @pytest.mark.parametrize("epochs", [1, 2, 7])
+    def test_no_legend_hides_a_point(self, epochs: int):
+        figure = training_curves(history(epochs))
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        panels = [(axes, legend) for axes in figure.axes if (legend := axes.get_legend())]
+        assert len(panels) == 3
+        for axes, box in panels:
+            legend = box.get_window_extent(canvas.get_renderer())
+            points = [axes.transData.transform(line.get_xydata()) for line in axes.get_lines()]
+            assert not any(legend.contains(*point) for of_line in points for point in of_line)
+            assert legend.y0 >= 0
+            assert not legend.overlaps(axes.xaxis.label.get_window_extent(canvas.get_renderer()))
 
     def test_what_is_missing_or_nan_leaves_no_empty_panel(self):
         rows = [{"epoch": 1, "train_loss": 2.0, "lr": math.nan}, {"epoch": 2, "train_loss": math.nan, "z_loss": 0.3}]
@@ -227,6 +243,10 @@ def test_reliability_diagram():
     ends = [bar.get_y() + bar.get_height() for bar in gaps]
     np.testing.assert_allclose(ends, binned.confidence[filled], rtol=1e-6)
     np.testing.assert_allclose([bar.get_height() * 300 for bar in lower.containers[0]], binned.count[filled], rtol=1e-6)
+    in_legend = [tuple(patch.get_facecolor()) for patch in figure.legends[0].get_patches()]
+    for bars, color in zip((accuracies, gaps), in_legend, strict=True):
+        assert {tuple(bar.get_facecolor()) for bar in bars} == {color}
+        assert color[3] == 1  # over another bar it looks as in the legend
     assert upper.get_title(loc="left") == f"Calibration: expected error {calibration_error(predictions):.1%}"
 
 

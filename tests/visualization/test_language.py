@@ -43,7 +43,8 @@ def said(source: str) -> Iterator[tuple[str, set[str]]]:
             yield str(call.args[0].value), {str(keyword.arg) for keyword in call.keywords}
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef) and (ast.get_docstring(node) or "").startswith(HOW_TO_READ):
-            yield (ast.get_docstring(node) or "").partition("\n")[0].removeprefix(HOW_TO_READ), set()
+            first = " ".join((ast.get_docstring(node) or "").partition("\n\n")[0].split())
+            yield first.removeprefix(HOW_TO_READ), set()
 
 
 def texts() -> dict[str, list[tuple[str, set[str]]]]:
@@ -65,7 +66,8 @@ def entries(path: Path) -> list[tuple[str, str]]:
 def test_the_texts_are_found() -> None:
     source = '''
 def draw():
-    """How to read it: left to right.
+    """How to read it: left to
+    right.
 
     More."""
     say("a {b}", b=say("c"))

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+from jsonargparse import ArgumentParser, set_parsing_settings
+
 from diffmoe.config import UserError, expanded
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -46,6 +48,19 @@ def unread_is_no_error() -> Iterator[None]:
         yield
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def list_fields(parser: argparse.ArgumentParser, config: type) -> None:
+    """Add the fields of a config, which are flags too (`parse_group`), to the help, as that of `train` has them."""
+    own = parser.format_help
+
+    def format_help() -> str:
+        set_parsing_settings(docstring_parse_attribute_docstrings=True)
+        fields = ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
+        fields.add_class_arguments(config, nested_key=None)
+        return f"{own()}\n{fields.format_help()}"
+
+    parser.format_help = format_help
 
 
 def show(results: Any, as_json: bool, table: Callable[[Any], object]) -> int:

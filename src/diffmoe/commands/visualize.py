@@ -5,7 +5,8 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from diffmoe.commands.parsing import model_parser, show
+from diffmoe.commands.parsing import list_fields, model_parser, show
+from diffmoe.config import VisualizationConfig
 from diffmoe.config.settings import parse_group
 
 
@@ -14,7 +15,7 @@ def main(argv: Sequence[str]) -> int:
     parser = model_parser(
         "visualize", "See what the experts of a trained model do: figures, and a page that holds them."
     )
-    parser.epilog = "Also --output_dir, --figure_format, --dpi, --examples and --weakest_classes, as in training."
+    list_fields(parser, VisualizationConfig)
     parser.add_argument("--dataset", help="the one that it was trained on; default: by the name in the model file")
     parser.add_argument("--data_dir", help="folder that holds the dataset")
     parser.add_argument("--split", choices=("train", "validation", "test"), default="test", help="(default: test)")

@@ -23,12 +23,15 @@ from diffmoe.report.subject import Subject
 from diffmoe.storage.run_files import RunFiles
 from diffmoe.tasks import task_of_data
 from diffmoe.visualization import figures
+from diffmoe.visualization.captions import caption_scores
 from diffmoe.visualization.language import LANGUAGES, Language, say, speaking
 
 SPLITS = ("train", "validation", "test")
 MOST_PICTURES = 10_000
 """Of a larger split so many, drawn at random, are looked at."""
 
+HEADLINE = ("bleu4", "cider", "i2t_r1", "t2i_r1")
+"""Of a captioner's scores those that stand at the top."""
 NEED_ROUTING = {
     *("utilization", "load_over_time", "routing_maps", "favourite_patches", "specialization", "coactivation"),
     *("router_confidence", "without_experts"),
@@ -127,6 +130,9 @@ def _facts(subject: Subject, split: str, all_pictures: int, run: RunFiles, comma
     if subject.class_names:
         right = subject.predictions.predicted == subject.predictions.labels
         summary.append((say("Accuracy"), f"{right.double().mean():.2%}"))
+    elif split == "test":  # what diffmoe test measured
+        told = caption_scores(subject.metrics)
+        summary += [told[key] for key in HEADLINE if key in told]
     summary += [
         (say("Parameters"), f"{parameters['parameters_total']:,}"),
         (say("Active for a token"), f"{parameters['parameters_active']:,}"),

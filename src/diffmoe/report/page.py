@@ -37,7 +37,7 @@ class Section:
     title: str
     figure: Figure | Sequence[Figure] | None
     reading: str
-    """One sentence that says how to read the figures."""
+    """How to read the figures, in a sentence or two."""
     note: str = ""
     """What the figures show here: a number to remember, how many pictures it is of."""
     table: Table = ()
@@ -65,11 +65,11 @@ class Facts:
 
 
 def how_to_read(draw: Callable[..., Figure]) -> str:
-    """The sentence that the docstring of a figure's function begins with, in the current language."""
-    first_line = (draw.__doc__ or "").partition("\n")[0]
-    if not first_line.startswith(HOW_TO_READ):
+    """The paragraph that the docstring of a figure's function begins with, in the current language."""
+    first = " ".join((draw.__doc__ or "").partition("\n\n")[0].split())
+    if not first.startswith(HOW_TO_READ):
         raise ValueError(f"the docstring of {draw.__name__} must begin with {HOW_TO_READ!r}")
-    return say(first_line.removeprefix(HOW_TO_READ))
+    return say(first.removeprefix(HOW_TO_READ))
 
 
 def write_report(

@@ -19,7 +19,7 @@ from diffmoe.evaluation.experts import BlockRouting, class_expert_counts
 from diffmoe.evaluation.history import load_history
 from diffmoe.report.page import Section, how_to_read
 from diffmoe.report.subject import Subject
-from diffmoe.tasks.captioning import SHEET, embed, write_captions
+from diffmoe.tasks.captioning import SHEET, embed, sheet, write_captions
 from diffmoe.visualization import attention, captions, experts, figures
 from diffmoe.visualization.embedding import embedding_map
 from diffmoe.visualization.language import say
@@ -34,7 +34,8 @@ def scores(subject: Subject) -> Section:
     """The figures of the whole split."""
     metrics = subject.scores
     table = [(say("score"), say("value")), (say("accuracy"), _percent(metrics["accuracy"]))]
-    table.append((say("top-5 accuracy"), _percent(metrics["top5_accuracy"])))
+    if len(subject.class_names) > 5:  # else it is always 100%
+        table.append((say("top-5 accuracy"), _percent(metrics["top5_accuracy"])))
     if "zero_shot_accuracy" in metrics:
         table.append((say("zero-shot accuracy, by class descriptions"), _percent(metrics["zero_shot_accuracy"])))
     table.append((say("expected calibration error"), _percent(metrics["ece"])))
@@ -44,11 +45,10 @@ def scores(subject: Subject) -> Section:
 
 def caption_scores(subject: Subject) -> Section:
     """What `diffmoe test` measured."""
-    names = ("bleu", "rouge", "cider", "meteor", "i2t_", "t2i_", "captions_right", "test_")
-    found = {name: value for name, value in subject.metrics.items() if name.startswith(names)}
+    found = captions.caption_scores(subject.metrics)
     if not found:
         return _left_out(say("Scores"), say("diffmoe test has written none beside the model file."))
-    table = [(say("score"), say("value")), *((name, f"{value:.4g}") for name, value in found.items())]
+    table = [(say("score"), say("value")), *found.values()]
     return Section(say("Scores"), None, "", say("As diffmoe test wrote them beside the model file."), table)
 
 
@@ -94,12 +94,14 @@ def per_class(subject: Subject) -> Section:
 
 
 def caption_sheet(subject: Subject) -> Section:
-    """What the model writes beside what people wrote."""
-    images = subject.images[torch.arange(min(SHEET, len(subject.split)))]
-    written = write_captions(subject.captioner, images, subject.predictor.picture, subject.generation, seed=0)
-    references = [texts[0] for texts in subject.split.captions[:SHEET]]
-    figure = captions.caption_sheet(images, written, references)
-    return Section(say("Captions"), figure, how_to_read(captions.caption_sheet))
+    """What the model writes beside a reference."""
+    used, rows = subject.predictor, subject.predictor.task.examples(subject.split, SHEET)
+    written = write_captions(subject.captioner, subject.images[rows], used.picture, subject.generation, seed=0)
+    figure = sheet(subject.split, rows, written)
+    held_out = subject.split.held_out
+    is_any_new = held_out is not None and bool(held_out[rows].any())
+    note = say("A new pair of colour and kind is in no training picture.") if is_any_new else ""
+    return Section(say("Captions"), figure, how_to_read(captions.caption_sheet), note)
 
 
 def retrieval(subject: Subject) -> Section:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
@@ -110,10 +111,10 @@ class Captioning(Task):
         metrics |= score_captions(written, split.captions) | retrieval_metrics(images, texts, image_of_text)
         if split.held_out is not None:
             metrics |= _shapes_metrics(written, split, images, texts, image_of_text)
-        references = [captions[0] for captions in split.captions[:SHEET]]
+        shown = self.examples(split, SHEET)
         best = (images @ texts[0]).topk(min(8, len(images)))
         figures = {
-            "captions": drawn.caption_sheet(split.images[torch.arange(len(references))], written[:SHEET], references),
+            "captions": sheet(split, shown, [written[row] for row in shown.tolist()]),
             "retrieval": drawn.retrieval_grid(
                 split.captions[0][0], split.images[best.indices], best.values, best.indices == 0
             ),
@@ -121,11 +122,9 @@ class Captioning(Task):
         return Tested(metrics, figures, {FILE: captions_as_text(range(len(written)), written, split.captions)})
 
     def report_lines(self, metrics: dict[str, Any], data: Dataset) -> list[str]:
-        lines = []
-        for name, value in metrics.items():
-            is_share = name.startswith(("i2t_r", "t2i_r", "captions_right")) or name.endswith("accuracy")
-            lines.append(f"  {name:28}" + (f"{value:8.1%}" if is_share else f"{value:8.3f}"))
-        return lines
+        from diffmoe.visualization.captions import caption_scores
+
+        return [f"  {name:34}{value:>8}" for name, value in caption_scores(metrics).values()]
 
     def check_outputs(self, folder: Path, overwrite: bool) -> None:
         """`captions.json`."""
@@ -156,8 +155,18 @@ class Captioning(Task):
         return pictures, tokens, torch.ones_like(tokens)
 
     def examples(self, split: CaptionSplit, count: int) -> Tensor:
-        """The first ones."""
-        return torch.arange(min(count, len(split)))
+        """Evenly spaced: those of a kind may stand together, as what is held out of shapes does."""
+        count = min(count, len(split))
+        return torch.arange(count) * len(split) // count
+
+
+def sheet(split: CaptionSplit, rows: Tensor, written: Sequence[str]) -> Figure:
+    """The pictures at `rows` over what was written of them, a reference of each, and whether its pair is new."""
+    from diffmoe.visualization import captions as drawn
+
+    references = [split.captions[row][0] for row in rows.tolist()]
+    new = None if split.held_out is None else split.held_out[rows].tolist()
+    return drawn.caption_sheet(split.images[rows], written, references, new)
 
 
 def write_captions(

@@ -96,6 +96,8 @@ class Classification(Task):
             "zero_shot_accuracy": "zero-shot accuracy, by descriptions",
             "test_ece": "calibration error",
         }
+        if len(data.class_names) <= 5:
+            del shown["test_top5_accuracy"]  # it is always 100%
         lines = [f"  {label:36}{metrics[name]:7.2%}" for name, label in shown.items() if name in metrics]
         width = max(len(name) for name in data.class_names)
         lines.append(f"  {'class':{width}}  precision  recall")

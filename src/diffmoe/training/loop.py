@@ -147,8 +147,9 @@ def fit(
             averages = _finite_means(fabric, progress)
             # From the first rank: all must agree on what is best, and on when to stop.
             validation = fabric.broadcast(hooks.validate())
-            last_rate = learning_rate(progress.step - 1, total_steps, config)
-            _finish_epoch(progress, last_rate, averages, validation, monitor)
+            steps = range(progress.step - progress.window, progress.step)
+            rates = [learning_rate(step, total_steps, config) for step in steps]
+            _finish_epoch(progress, rates, averages, validation, monitor)
             hooks.save(progress)
             hooks.tell(progress)
             if _told_to_stop(fabric, received, progress):
@@ -172,7 +173,7 @@ class _Clock:
         self.last = now
 
 
-def _finish_epoch(progress: Progress, rate: float, averages: Metrics, validation: Metrics, monitor: str) -> None:
+def _finish_epoch(progress: Progress, rates: list[float], averages: Metrics, validation: Metrics, monitor: str) -> None:
     if not math.isfinite(loss := validation.get("val_loss", 0.0)):
         raise _diverged(loss, progress.step)
     progress.epoch += 1
@@ -180,13 +181,14 @@ def _finish_epoch(progress: Progress, rate: float, averages: Metrics, validation
         {
             "epoch": progress.epoch,
             "step": progress.step,
-            "lr": rate,
+            "lr": rates[-1],
             "train_loss": averages.pop("loss"),
             "train_accuracy": averages.pop("accuracy"),
             **averages,
             **validation,
             "images_per_second": progress.pictures / progress.seconds,
             "seconds": progress.seconds,
+            "peak_lr": max(rates),
         }
     )
     improved = progress.best is None or validation[monitor] > progress.best

@@ -44,8 +44,6 @@ COLORS[:, 3] = np.linspace(0.35, 0.85, 256)
 """Of a heat map, from low to high: the lower, the more of the picture is seen through it."""
 DARK, LIGHT = 0.2, 0.85
 """What black and white of the picture become under it."""
-LUMA = (0.299, 0.587, 0.114)
-"""Of red, green and blue in grey (ITU-R BT.601)."""
 
 
 class _Panel(NamedTuple):
@@ -230,7 +228,7 @@ def _show(axes: Axes, image: Tensor, heat: NDArray[np.float32] | None, norm: Nor
     if heat is None:
         axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, **drawn)
     else:
-        grey = pixels @ np.array(LUMA if channels == 3 else (1,)) / 255
+        grey = pixels @ np.array(style.LUMA if channels == 3 else (1,)) / 255
         axes.imshow(DARK + (LIGHT - DARK) * grey, cmap="gray", vmin=0, vmax=1, **drawn)
         axes.imshow(heat.reshape(_grid(len(heat), image)), cmap=ListedColormap(COLORS), norm=norm, **drawn)
     no_axes(axes)

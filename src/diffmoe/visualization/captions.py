@@ -5,7 +5,8 @@ Places are computed in inches, so that a text of any length gets the room it nee
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,6 +15,7 @@ from matplotlib.text import Text
 from matplotlib.transforms import Transform
 from torch import Tensor
 
+from diffmoe.evaluation.retrieval import RECALL_AT
 from diffmoe.visualization import style
 from diffmoe.visualization.language import say
 from diffmoe.visualization.marks import axes_at, show_picture
@@ -28,26 +30,70 @@ PAD = 4 / 72
 
 
 @styled()
-def caption_sheet(images: Tensor, captions: Sequence[str], references: Sequence[str] | None = None) -> Figure:
-    """How to read it: under each picture is what the model wrote and, in grey, what a person wrote.
+def caption_sheet(
+    images: Tensor,
+    captions: Sequence[str],
+    references: Sequence[str] | None = None,
+    new: Sequence[bool] | None = None,
+) -> Figure:
+    """How to read it: under each picture is what the model wrote and, in grey, a reference.
 
-    `images` (N, 1 or 3, H, W) uint8; `captions` and `references`: one text a picture.
+    `images` (N, 1 or 3, H, W) uint8; `captions` and `references`: one text a picture; `new`: whether its pair of
+    properties, such as colour and kind, is in no training picture, which is then said below them.
     """
     written = [captions] if references is None else [captions, references]
     for texts in written:
         _check_count("captions", len(texts), images)
-    side = 2.1
+    new = [False] * len(images) if new is None else new
+    _check_count("marks", len(new), images)
+    side, colors = 2.1, (style.INK, style.MUTED)
     wrapped = [
-        [style.wrap(text if text.strip() else say("(nothing)"), side, style.SMALL) for text in texts]
+        [
+            (style.wrap(text if text.strip() else say("(nothing)"), side, style.SMALL), color)
+            for text, color in zip(texts, colors, strict=False)
+        ]
         for texts in zip(*written, strict=True)
     ]
-    below = [sum(PAD + _height(text) for text in texts) for texts in wrapped]
+    for texts, is_new in zip(wrapped, new, strict=True):
+        if is_new:
+            texts.append((say("new pair"), style.VERMILLION))
+    below = [sum(PAD + _height(text) for text, _ in texts) for texts in wrapped]
     figure, panels = _grid(images, side, below, most_columns=4)
-    for axes, (caption, *reference) in zip(panels, wrapped, strict=True):
-        own = _write_below(axes, axes.transAxes, caption, style.INK)
-        for text in reference:
-            _write_below(axes, own, text, style.MUTED)
+    for axes, texts in zip(panels, wrapped, strict=True):
+        above: Transform | Text = axes.transAxes
+        for text, color in texts:
+            above = _write_below(axes, above, text, color)
     return figure
+
+
+def caption_scores(metrics: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Of what testing a captioner measures, by key: its name in the current language, and its value as it is written.
+
+    What else is in `metrics` is left out.
+    """
+    names = {
+        "test_loss": say("next-token loss, nats"),
+        "test_accuracy": say("next-token accuracy"),
+        **{f"bleu{n}": f"BLEU-{n}" for n in range(1, 5)},
+        **{"rouge_l": "ROUGE-L", "meteor": "METEOR", "cider": "CIDEr-D"},
+        **{f"i2t_r{k}": say("picture -> text R@{k}", k=k) for k in RECALL_AT},
+        "i2t_median_rank": say("picture -> text median rank"),
+        **{f"t2i_r{k}": say("text -> picture R@{k}", k=k) for k in RECALL_AT},
+        "t2i_median_rank": say("text -> picture median rank"),
+        "captions_right": say("captions right, known pairs"),
+        "captions_right_held_out": say("captions right, new pairs"),
+        "t2i_r1_seen": say("text -> picture R@1, known pairs"),
+        "t2i_r1_achievable": say("the same at best, known pairs"),
+        "t2i_r1_held_out": say("text -> picture R@1, new pairs"),
+        "t2i_r1_achievable_held_out": say("the same at best, new pairs"),
+    }
+    return {key: (name, _written(key, metrics[key])) for key, name in names.items() if key in metrics}
+
+
+def _written(key: str, value: float) -> str:
+    if key.startswith(("i2t_r", "t2i_r", "captions_right")) or key.endswith("accuracy"):
+        return f"{value:.1%}"
+    return f"{value:g}" if key.endswith("rank") else f"{value:.3f}"
 
 
 @styled()

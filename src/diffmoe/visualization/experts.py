@@ -202,10 +202,11 @@ def favourite_patches(images: Any, block: BlockRouting, patch_size: int, count: 
 @styled()
 def specialization(counts: Tensor, class_names: Sequence[str]) -> Figure:
     """How to read it: a row shows where a class's patches go; rows that differ are specialisation, equal rows are none.
+    Above: I, how many bits the expert of a patch tells of its class, none where it is 0, and the part of the most.
 
-    Above: the mutual information of expert and class, 0 where they are independent, and its part of the smaller of
-    their entropies. `counts` (C, E) of one block of the image tower, or (L, C, E) of blocks 0 to L - 1, as
-    `class_expert_counts` gives them. Raises `ValueError` where there are not C names.
+    I is their mutual information, the most the smaller of their entropies. `counts` (C, E) of one block of the image
+    tower, or (L, C, E) of blocks 0 to L - 1, as `class_expert_counts` gives them. Raises `ValueError` where there are
+    not C names.
     """
     counts = counts[None] if counts.dim() == 2 else counts
     if len(class_names) != counts.shape[1]:
@@ -288,6 +289,7 @@ def _write_cells(axes: Axes, values: NDArray[Any], write: Callable[[float], str]
 @styled()
 def router_confidence(blocks: Sequence[BlockRouting]) -> Figure:
     """How to read it: a router that is sure has its hills far right in the left panel and far left in the right one.
+    The line in a hill is its median; at the dotted line all experts would be equally likely.
 
     Of each block the distribution over its tokens of the largest router probability, from 1/E (dotted) to 1, and of
     the entropy of the probabilities, from 0 to ln E nats (dotted), where all experts are equally likely; a tick marks

@@ -40,9 +40,9 @@ def training_curves(history: History, accuracy: str = "Accuracy") -> Figure:
     """How to read it: loss should fall and accuracy rise; a growing gap between train and validation is overfitting.
 
     `history` has a row for each epoch: `epoch`, and any of `train_loss`, `task_loss` (its part without the auxiliary
-    losses), `val_loss`, `train_accuracy`, `val_accuracy` (0 to 1), `lr`. Every further key that ends in `_loss` is an
-    auxiliary loss and gets a small panel with a scale of its own. What is missing or nan is left out. `accuracy` is
-    what the accuracy is of.
+    losses), `val_loss`, `train_accuracy`, `val_accuracy` (0 to 1), `lr` (at its end), `peak_lr`. Every further key that
+    ends in `_loss` is an auxiliary loss and gets a small panel with a scale of its own. What is missing or nan is left
+    out. `accuracy` is what the accuracy is of.
     """
     keys = {key: None for row in history for key in row if math.isfinite(row[key])}
     parts = [key for key in keys if key.endswith("_loss") and key not in MAIN_LOSSES]
@@ -57,7 +57,7 @@ def training_curves(history: History, accuracy: str = "Accuracy") -> Figure:
     rows += [[*auxiliary[start : start + 4]] for start in range(0, len(auxiliary), 4)]
     if not rows:
         raise ValueError("the history has nothing to draw")
-    heights = [3.0 if row is main else 2.1 for row in rows]
+    heights = [3.5 if row is main else 2.1 for row in rows]
     figure = Figure(figsize=(10, sum(heights)), layout="constrained")
     strips = figure.subfigures(len(rows), 1, squeeze=False, height_ratios=heights)[:, 0]
     for strip, row in zip(strips, rows, strict=True):
@@ -87,7 +87,7 @@ def _loss_panel(axes: Axes, history: History) -> None:
     _curve(axes, history, "task_loss", color=style.SKY, linestyle=":", label=say("train, task part only"))
     _curve(axes, history, "val_loss", color=style.VERMILLION, linestyle="--", label=say("validation"))
     axes.set_title(say("Loss"))
-    axes.legend(loc="upper right")
+    _legend(axes)
 
 
 def _accuracy_panel(axes: Axes, history: History, title: str) -> None:
@@ -101,14 +101,21 @@ def _accuracy_panel(axes: Axes, history: History, title: str) -> None:
         axes.plot(best["epoch"], best["val_accuracy"], linestyle="", zorder=4, label=label, **star)
     axes.set_title(_accuracy_title(title))
     axes.yaxis.set_major_formatter(style.percent_tick)
-    axes.legend(loc="lower right")
+    _legend(axes)
 
 
 def _learning_rate_panel(axes: Axes, history: History) -> None:
-    _curve(axes, history, "lr", color=style.INK)
+    _curve(axes, history, "lr", color=style.BLUE, label=say("at the epoch's end"))
+    _curve(axes, history, "peak_lr", color=style.VERMILLION, linestyle="--", label=say("highest of the epoch"))
     axes.set_title(say("Learning rate"))
     axes.set_ylim(0, 1.08 * axes.dataLim.y1 or 1)
     axes.yaxis.set_major_formatter("{x:g}")
+    _legend(axes)
+
+
+def _legend(axes: Axes) -> None:
+    """Below the panel: within it, it would hide points where they are few."""
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=4.2)
 
 
 def _auxiliary_panel(axes: Axes, history: History, key: str) -> None:
@@ -224,7 +231,8 @@ def reliability_diagram(predictions: Predictions, bins: int = CALIBRATION_BINS) 
     figure = Figure(figsize=(5, 5.2), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3.2, 1])
     upper.bar(centers, accuracy, color=style.SKY, label=say("accuracy"), **bar)
-    hatched = {"facecolor": (style.VERMILLION, 0.25), "edgecolor": style.VERMILLION, "hatch": "////", "zorder": 3}
+    # Opaque: it may lie over the bar, and must look as in the legend.
+    hatched = {"facecolor": "#F5D7BF", "edgecolor": style.VERMILLION, "hatch": "////", "zorder": 3}
     upper.bar(centers, confidence - accuracy, bottom=accuracy, label=say("gap to confidence"), **(bar | hatched))
     upper.plot(
         [0, 1], [0, 1], color=style.INK, linestyle="--", linewidth=1, label=say("perfectly calibrated"), zorder=4

@@ -15,12 +15,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffmoe.evaluation.experts import BlockRouting, favourites
+from diffmoe.visualization import style
 from diffmoe.visualization.style import expert_color
 
 SUBPIXELS = 32
 """Pixels a side that a patch is drawn with, at least."""
 LEAST_CORNER = 0.04
 """Part of a patch that the second expert's corner takes at least, or nobody would see its colour."""
+TINT = 0.4
+"""How far the light of a picture moves a colour to white or to black: further, it would be taken for another one."""
 BEYOND = 0xE3
 """Grey, in place of neighbours that a patch at the edge of a picture does not have."""
 
@@ -50,9 +53,9 @@ def on_grid(image: Tensor, block: BlockRouting) -> tuple[NDArray[Any], NDArray[A
 def routing_picture(image: Tensor, block: BlockRouting) -> NDArray[np.uint8]:
     """A picture in the colours of its patches' experts, uint8 (R·S, Q·S, 3), S >= `SUBPIXELS` a multiple of P.
 
-    Bright pixels become a tint of the first expert's colour, dark ones a shade. A triangle in a patch's lower right
-    corner has the second expert's colour; its area is the second one's part of the first two gates: at most half of the
-    patch, and no less than `LEAST_CORNER`.
+    Bright pixels become a tint of the first expert's colour, dark ones a shade, none of them one of another's. A
+    triangle in a patch's lower right corner has the second expert's colour; its area is the second one's part of the
+    first two gates: at most half of the patch, and no less than `LEAST_CORNER`.
     `image` (C, H, W) uint8, `block` its own routing (N = 1). Raises as `on_grid`.
     """
     patch = patch_size(image, block)
@@ -68,8 +71,17 @@ def routing_picture(image: Tensor, block: BlockRouting) -> NDArray[np.uint8]:
     colors = np.array([to_rgb(expert_color(expert)) for expert in range(block.num_experts)])
     light = image.float().mean(0).numpy()
     light = enlarge((light - light.min()) / max(light.max() - light.min(), 1), scale)[..., None]
-    shade = colors[chosen] * (0.75 + 0.25 * light)
-    return (255 * (shade + (1 - shade) * 0.6 * light)).astype(np.uint8)
+    return (255 * _tinted(colors[chosen], light)).round().astype(np.uint8)
+
+
+def _tinted(color: NDArray[Any], light: NDArray[Any]) -> NDArray[Any]:
+    """A colour (..., 3) moved by `light` (..., 1), 0 to 1: darker below 0.5, lighter above.
+
+    A light colour is moved more to white than to black, a dark one less: yellow would be olive, and blue another blue.
+    """
+    own = color @ np.array(style.LUMA)[:, None]
+    up, down = np.maximum(2 * light - 1, 0) * own, np.maximum(1 - 2 * light, 0) * (1 - own)
+    return color * (1 - TINT * down) + (1 - color) * TINT * up
 
 
 def routing_sheet(images: Tensor, blocks: Sequence[BlockRouting]) -> NDArray[np.uint8]:

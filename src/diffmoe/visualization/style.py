@@ -28,13 +28,15 @@ PURPLE = "#CC79A7"
 PALETTE = (BLUE, VERMILLION, GREEN, ORANGE, SKY, PURPLE)
 EXPERT_COLORS = (
     *(BLUE, ORANGE, GREEN, PURPLE, VERMILLION, SKY, "#F0E442", "#5D3A9B"),
-    *("#7A5195", "#8C6D31", "#2F4B7C", "#A3D4A0", "#7F0000", "#C2C2C2", "#004D40", "#FFB6A3"),
+    *("#B39DDB", "#8C6D31", "#14213D", "#A3D4A0", "#7F0000", "#C2C2C2", "#004D40", "#FFB6A3"),
 )
 """An expert's colour by its number: the eight of a tiny model are told apart by everybody."""
 
 INK = "#222222"
 MUTED = "#6B6B6B"
 GRID = "#E3E3E3"
+LUMA = (0.299, 0.587, 0.114)
+"""Of red, green and blue in grey (ITU-R BT.601)."""
 
 RIGHT, WRONG = "✓", "✗"
 RIGHT_COLOR, WRONG_COLOR = BLUE, VERMILLION

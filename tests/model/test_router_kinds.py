@@ -185,6 +185,7 @@ def test_a_twin_costs_what_the_counter_says_the_model_costs(router: str, top_k: 
     assert pool_flops(config) == pytest.approx(pool_flops(config.dense_twin()), rel=0.02)
 
 
+@torch.no_grad()
 def loudness(config: ModelConfig, x: Tensor) -> float:
     """The routed branch's standard deviation, over eight initialisations."""
     found = []

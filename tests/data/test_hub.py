@@ -14,7 +14,7 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 from PIL import Image
 
 from diffmoe.config import DataConfig, UserError
-from diffmoe.data import hub, sources, tables
+from diffmoe.data import hub, sources
 from diffmoe.data.loading import load_dataset
 from diffmoe.data.pictures import PictureSpec
 from diffmoe.data.sources import check_dataset
@@ -82,7 +82,7 @@ def download(monkeypatch: pytest.MonkeyPatch, **files: Path) -> None:
 
 def test_splits_that_number_the_classes_in_different_ways(monkeypatch: pytest.MonkeyPatch) -> None:
     splits = {"train": pets("cat", "dog"), "test": pets("dog", "cat")}
-    monkeypatch.setattr(tables, "load_hub", lambda _: splits)
+    monkeypatch.setattr(hub, "load_hub", lambda _: splits)
     monkeypatch.setattr(sources, "check_hub", lambda _: None)
     data = load_dataset(DataConfig(dataset="owner/pets"), PictureSpec(8, 1))
     for split in (data.train, data.validation, data.test):

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffmoe.config import UserError
+from diffmoe.config import UserError, expanded
 from diffmoe.data.pictures import PictureSpec
 from diffmoe.files import write_atomically
 
@@ -25,8 +25,8 @@ CHECKSUM = "crc32"
 def cache_dir() -> Path:
     """`$DIFFMOE_CACHE`, or `~/.cache/diffmoe`; of a user without a home one where nothing can be written."""
     try:
-        return Path(os.environ.get("DIFFMOE_CACHE") or "~/.cache/diffmoe").expanduser()
-    except RuntimeError:
+        return Path(expanded(os.environ.get("DIFFMOE_CACHE") or "~/.cache/diffmoe"))
+    except UserError:
         return Path(os.devnull, "diffmoe")
 
 

@@ -13,7 +13,7 @@ from diffmoe.evaluation.classification import predict
 from diffmoe.evaluation.experts import BlockRouting
 from diffmoe.model.captioner import Captioner
 from diffmoe.model.heads import Head, ImageClassifier, Score
-from diffmoe.model.outputs import ClassifierOutput, ImageFeatures
+from diffmoe.model.outputs import ClassifierOutput, ImageFeatures, TextFeatures
 
 SMALL: dict[str, Any] = {
     "img_size": 8,
@@ -119,3 +119,8 @@ def answer(embedding: Tensor, logits: Tensor, zero_shot_logits: Tensor | None = 
     """What a head makes of pictures."""
     image = ImageFeatures(embedding[:, None], embedding, embedding)
     return ClassifierOutput(embedding=embedding, image=image, logits=logits, zero_shot_logits=zero_shot_logits)
+
+def number(value: float) -> TextFeatures:
+    """Classes that stand for one number."""
+    return TextFeatures(*[torch.tensor(value)] * 7)
+

@@ -140,50 +140,51 @@ class TestWords:
     def test_a_word_has_the_rows_that_wrote_its_pieces(self) -> None:
         tokens, _ = tokenize(["a zxqy dog ."], 12)  # start, a, z, x, q, y, dog, ., end
         assert tokens.shape == (1, 9)
-        (found,) = word_attention(looking_at_its_own_number(9), tokens)
-        assert found.words == ["a", "zxqy", "dog", "."]
+        ((words, weights),) = word_attention(looking_at_its_own_number(9), tokens)
+        assert words == ["a", "zxqy", "dog", "."]
         # "a" was written at the start (row 0), "dog" by the last piece of "zxqy" (row 5), and no word by "." (row 7).
         rows = [[0], [1, 2, 3, 4], [5], [6]]
         expected = torch.zeros(4, 9)
         for word, written_by in enumerate(rows):
             expected[word, written_by] = 1 / len(written_by)
-        assert torch.equal(found.weights, expected)
+        assert torch.equal(weights, expected)
 
     def test_heads_and_layers_count_alike(self) -> None:
         maps = random_maps(B, H, 4, N, place="fusion", cross=True)
         tokens, _ = tokenize(["a dog", "two cats"], 12)
         found = word_attention([*random_maps(B, H, 4, 4, place="fusion"), *maps], tokens)
         for b in range(B):
-            assert found[b].words == [["a", "dog"], ["two", "cats"]][b]
+            assert found[b][0] == [["a", "dog"], ["two", "cats"]][b]
             for word in range(2):
                 looks = torch.stack([m.weights[b, head, word] for m in maps for head in range(H)])
-                torch.testing.assert_close(found[b].weights[word], looks.mean(0))
+                torch.testing.assert_close(found[b][1][word], looks.mean(0))
 
     @settings(deadline=None, max_examples=50)
     @given(st.text(st.sampled_from("abcdz é猫🐕.,!'1 "), max_size=30))
     def test_the_words_are_the_text(self, text: str) -> None:
         tokens, _ = tokenize([text], 50)
-        (found,) = word_attention(looking_at_its_own_number(tokens.shape[1]), tokens)
-        assert " ".join(found.words) == detokenize(tokens)[0]
-        assert all(word and " " not in word for word in found.words)
-        torch.testing.assert_close(found.weights.sum(-1), torch.ones(len(found.words)))
-        assert len(found.weights) == len(found.words)
+        ((words, weights),) = word_attention(looking_at_its_own_number(tokens.shape[1]), tokens)
+        assert " ".join(words) == detokenize(tokens)[0]
+        assert all(word and " " not in word for word in words)
+        torch.testing.assert_close(weights.sum(-1), torch.ones(len(words)))
+        assert len(weights) == len(words)
 
     def test_padding_and_what_follows_the_end_is_no_word(self) -> None:
         tokens, _ = tokenize(["a", "a b c d"], 12)
-        first, second = word_attention([AttentionMap(torch.eye(6).expand(2, H, 6, 6), "fusion", 0, cross=True)], tokens)
-        assert (first.words, second.words) == (["a"], ["a", "b", "c", "d"])
+        attention = AttentionMap(torch.eye(6).expand(2, H, 6, 6), "fusion", 0, cross=True)
+        (first, _), (second, _) = word_attention([attention], tokens)
+        assert (first, second) == (["a"], ["a", "b", "c", "d"])
 
     @pytest.mark.parametrize("ids", [[START_ID, END_ID, 0], [START_ID]])
     def test_an_empty_caption_has_none(self, ids: list[int]) -> None:
-        (found,) = word_attention(looking_at_its_own_number(len(ids)), torch.tensor([ids]))
-        assert found.words == []
-        assert found.weights.shape == (0, len(ids))
+        ((words, weights),) = word_attention(looking_at_its_own_number(len(ids)), torch.tensor([ids]))
+        assert words == []
+        assert weights.shape == (0, len(ids))
 
     def test_a_caption_cut_short_keeps_its_last_word(self) -> None:
         tokens = tokenize(["a zxqy"], 12)[0][:, :-3]  # start, a, z, x
-        (found,) = word_attention(looking_at_its_own_number(4), tokens)
-        assert found.words == ["a", "zx"]
+        ((words, weights),) = word_attention(looking_at_its_own_number(4), tokens)
+        assert words == ["a", "zx"]
 
     def test_of_a_captioner(self) -> None:
         torch.manual_seed(0)

@@ -93,7 +93,7 @@ def test_bfloat16_makes_no_ties_that_count_as_misses() -> None:
     tokens = torch.randint(1, 60, (200, 6), generator=generator)
     found = Embeddings()
     batches = zip(images.split(50), tokens.split(50), torch.ones_like(tokens).split(50), strict=True)
-    run_over(captioner(), batches, found, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
+    run_over(captioner(), batches, found.add, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
     own = torch.arange(200)
     for embedding in (torch.cat(found.images), torch.cat(found.texts)):
         assert embedding.dtype == torch.float32

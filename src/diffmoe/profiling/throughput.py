@@ -34,8 +34,8 @@ class Contender(Trainee):
     def inference(self) -> Iterator[Callable[[Batch], Any]]:
         """What to call with a batch within; class descriptions, where there are any, are read before."""
         with evaluating(self.model), torch.inference_mode(), self.fabric.autocast():
-            constants = self.model.constants()
-            yield lambda batch: self.model.answer(batch, **constants)
+            classes = self.model.class_features()
+            yield lambda batch: self.model.answer(batch, classes)
 
 
 def race(

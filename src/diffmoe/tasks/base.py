@@ -22,6 +22,7 @@ from diffmoe.data.pictures import PictureSpec
 from diffmoe.data.sources import Kind
 from diffmoe.evaluation.passes import Autocast
 from diffmoe.model.heads import Head
+from diffmoe.model.outputs import TextFeatures
 from diffmoe.model.routers import router_kind
 from diffmoe.storage.run_files import Metrics
 
@@ -136,15 +137,17 @@ class Task(ABC):
     # What a trained model can be asked; each raises `UserError` where it cannot.
 
     @abstractmethod
-    def classify(self, model: Any, pictures: Tensor, constants: dict[str, Any]) -> Tensor:
-        """(N, C, H, W) normalised -> (N, classes) probabilities, on the CPU."""
+    def classify(self, model: Any, pictures: Tensor, classes: TextFeatures | None) -> Tensor:
+        """(N, C, H, W) normalised -> (N, classes) probabilities, on the CPU; `classes` are the `class_features`."""
 
     @abstractmethod
     def caption(self, model: Any, pictures: Tensor, config: GenerationConfig, seed: int) -> list[str]:
         """(N, C, H, W) normalised -> a sentence for each."""
 
     @abstractmethod
-    def compare(self, model: Any, pictures: Tensor, text: str, constants: dict[str, Any]) -> list[dict[str, Any]]:
+    def compare(
+        self, model: Any, pictures: Tensor, text: str, classes: TextFeatures | None
+    ) -> list[dict[str, object]]:
         """What a text adds that is said of each of (N, C, H, W) normalised pictures, beside its similarity."""
 
     def reads_texts(self, model: Any) -> bool:

@@ -27,6 +27,7 @@ from diffmoe.evaluation.passes import Autocast, Kept, Scores, run_over
 from diffmoe.evaluation.retrieval import retrieval_metrics
 from diffmoe.model.captioner import Captioner
 from diffmoe.model.layers import evaluating
+from diffmoe.model.outputs import TextFeatures
 from diffmoe.model.routers import router_kind
 from diffmoe.tasks.base import Metrics, Runtime, Task, Tested
 
@@ -87,7 +88,7 @@ class Captioning(Task):
     def validate(self, model: Any, batches: PictureBatches[CaptionSplit], autocast: Autocast = nullcontext) -> Metrics:
         """Next-token loss and accuracy of each picture's first caption, and retrieval among these."""
         scores, pairs = Scores(model), Kept(lambda _, output: (output.image.embedding, output.text.embedding))
-        run_over(model, batches.epoch(), scores, pairs, autocast=autocast)
+        run_over(model, batches.epoch(), scores.add, pairs.add, autocast=autocast)
         images, texts = pairs.tensors()
         found = retrieval_metrics(images, texts, torch.arange(len(images)))
         return {
@@ -130,14 +131,16 @@ class Captioning(Task):
         """`captions.json`."""
         check_captions_file(folder / FILE, overwrite)
 
-    def classify(self, model: Captioner, pictures: Tensor, constants: dict[str, Any]) -> Tensor:
+    def classify(self, model: Captioner, pictures: Tensor, classes: TextFeatures | None) -> Tensor:
         """It cannot."""
         raise UserError("this model has no classes: it writes captions, and compares pictures with texts")
 
     def caption(self, model: Captioner, pictures: Tensor, config: GenerationConfig, seed: int) -> list[str]:
         return detokenize(model.generate(pictures, config, seed=seed).cpu())
 
-    def compare(self, model: Captioner, pictures: Tensor, text: str, constants: dict[str, Any]) -> list[dict[str, Any]]:
+    def compare(
+        self, model: Captioner, pictures: Tensor, text: str, classes: TextFeatures | None
+    ) -> list[dict[str, object]]:
         """`log_probability` of the text as a caption."""
         longest = model.config.max_text_len
         tokens, mask = (t.to(pictures.device) for t in tokenize([text], longest))

@@ -106,7 +106,7 @@ def word_maps(image: Tensor, words: Sequence[str], weights: Tensor) -> Figure:
     Args:
         image: (1 or 3, height, width) uint8.
         words: W of them.
-        weights: (W, N), rows sum to 1: `WordAttention.weights`.
+        weights: (W, N), rows sum to 1: those of `word_attention`.
     """
     _check_count("words", len(words), weights)
     return _named_maps(image, words[:MOST], weights[:MOST], _share_of_attention(weights.shape[1]))

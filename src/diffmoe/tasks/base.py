@@ -15,7 +15,6 @@ from torch import Tensor
 
 from diffmoe.config import VOCAB_SIZE, GenerationConfig, ModelConfig, UserError
 from diffmoe.config.settings import Settings
-from diffmoe.data.augmentation import Augmentation
 from diffmoe.data.batches import PictureBatches
 from diffmoe.data.loading import Dataset
 from diffmoe.data.pictures import PictureSpec
@@ -102,7 +101,7 @@ class Task(ABC):
             device=device,
             shuffle=True,
             seed=settings.training.seed,
-            augment=Augmentation.from_config(settings.data),
+            augment=settings.data,
             rank=rank,
             world_size=world_size,
             num_workers=settings.data.num_workers,

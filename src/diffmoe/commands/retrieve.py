@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     return show(retrieve(args.pop("checkpoint"), args.pop("gallery"), **args), as_json, _print_found)
 
 
-def _print_found(found: dict[str, Any]) -> None:
+def _print_found(found: Mapping[str, Any]) -> None:
     for row in found["results"]:
         print(f"  {row['similarity']:6.3f}  {row['item']}")
     print(f"picture: {found['picture']}   index: {found['index']}")
@@ -74,19 +74,8 @@ def retrieve(
 ) -> dict[str, Any]:
     """Search, and draw what was found: `{query, index, picture, results: [{item, similarity}]}`.
 
-    Args:
-        checkpoint: model file.
-        gallery: a folder of pictures, or a dataset (its `split`).
-        text: asks for pictures of the gallery.
-        image: a picture file; asks for texts.
-        sentences: file of texts, one a line; default: the gallery's captions.
-        data_dir: folder that holds the dataset.
-        split: of a dataset: train, validation or test.
-        index: file that keeps the embeddings; default `<output_dir>/<gallery>/<pictures or texts>.safetensors`.
-        overwrite: make the index again where it is of another model or gallery.
-        top: how many to find.
-        output_dir: for the index and the picture.
-        device: where to compute.
+    The arguments are the flags of `diffmoe retrieve`; the index is `<output_dir>/<gallery>/<kind>.safetensors` unless
+    named. Raises `UserError`.
     """
     if (text is None) == (image is None):
         raise UserError("retrieve needs either --text, which asks for pictures, or --image, which asks for texts")

@@ -310,7 +310,7 @@ def _check_output_tokens(tokens: Tensor, vocab_size: int) -> None:
         raise ValueError(f"output_tokens must rise, each once, from 0 to under vocab_size ({vocab_size})")
 
 
-def _with_fields(config: GenerationConfig, fields: dict[str, Any]) -> GenerationConfig:
+def _with_fields(config: GenerationConfig, fields: Mapping[str, Any]) -> GenerationConfig:
     known = [field.name for field in dataclasses.fields(GenerationConfig)]
     for name in fields:
         if name not in known:

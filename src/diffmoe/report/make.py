@@ -6,7 +6,6 @@ import dataclasses
 import time
 from collections.abc import Iterator, Sized
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
@@ -49,7 +48,7 @@ def make_report(
     device: str = "auto",
     show: VisualizationConfig | None = None,
     command: str = "",
-) -> dict[str, Any]:
+) -> dict[str, str | list[str]]:
     """Look at a model: `{report, figures}`, the paths of the page and of its figures.
 
     Args:

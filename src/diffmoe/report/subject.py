@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -46,7 +47,7 @@ class Subject:
     """`Split` or `CaptionSplit`."""
     history: list[Metrics]
     """Of its training, an epoch a row; empty where it is not there."""
-    metrics: dict[str, Any]
+    metrics: Mapping[str, object]
     """What training and testing wrote of it; empty where that is not there."""
     show: VisualizationConfig
 

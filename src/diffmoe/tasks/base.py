@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +40,7 @@ class Runtime:
 class Tested:
     """What came of a test split."""
 
-    metrics: dict[str, Any]
+    metrics: Mapping[str, object]
     """As metrics.json has them."""
     figures: dict[str, Figure]
     """By file name, without ending."""
@@ -121,12 +121,11 @@ class Task(ABC):
         """Score the test split, and draw what is seen of it."""
 
     @abstractmethod
-    def report_lines(self, metrics: dict[str, Any], data: Dataset) -> list[str]:
+    def report_lines(self, metrics: Mapping[str, Any], data: Dataset) -> list[str]:
         """A test's metrics as lines for the terminal."""
 
     def check_outputs(self, folder: Path, overwrite: bool) -> None:
         """Before work begins: raises `UserError` where `test` would write over a file of the user's in `folder`."""
-        del folder, overwrite
 
     def check_data(self, model_classes: tuple[str, ...], data: Dataset, path: str) -> None:
         """Raises `UserError` where the data is not of the kind that the model in `path` was trained on."""
@@ -151,7 +150,6 @@ class Task(ABC):
 
     def reads_texts(self, model: Any) -> bool:
         """Whether the model was taught to compare a picture with a text."""
-        del model
         return True
 
     @abstractmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -90,7 +90,7 @@ class Classification(Task):
         named = {name if name == "zero_shot_accuracy" else f"test_{name}": value for name, value in found.items()}
         return Tested({**named, "class_names": list(names)}, drawn)
 
-    def report_lines(self, metrics: dict[str, Any], data: Dataset) -> list[str]:
+    def report_lines(self, metrics: Mapping[str, Any], data: Dataset) -> list[str]:
         shown = {
             "test_accuracy": "accuracy",
             "test_top5_accuracy": "top-5 accuracy",

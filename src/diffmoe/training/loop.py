@@ -61,13 +61,9 @@ class Progress:
         self.window += 1
         self.pictures += int(sums["pictures"]) * world_size
 
-    def state(self) -> dict[str, Any]:
-        """As a dict of tensors and numbers, for a checkpoint."""
-        return dict(vars(self))
-
     @classmethod
     def of(cls, state: dict[str, Any]) -> Progress:
-        """What `state` returned. Raises `TypeError` or `ValueError` where it did not."""
+        """Of the fields in a checkpoint. Raises `TypeError` or `ValueError` where they are not such."""
         found = cls(**state)
         for name in ("epoch", "window", "step", "pictures", "epochs_since_best"):
             if not isinstance(value := getattr(found, name), int) or value < 0:
@@ -127,7 +123,7 @@ def fit(
             trainee.objective.train()
             batches = iter(train.epoch(progress.epoch, start=progress.window * config.accumulation_steps))
             with _bar(fabric, progress, config.epochs, steps_per_epoch) as bar:
-                clock = _Clock(fabric, progress)
+                began = time.perf_counter() - progress.seconds  # validation does not count
                 while window := list(itertools.islice(batches, config.accumulation_steps)):
                     rate = learning_rate(progress.step, total_steps, config)
                     try:
@@ -135,7 +131,7 @@ def fit(
                     except FloatingPointError as error:  # the router met what is not a number
                         raise _diverged(math.nan, progress.step) from error
                     progress.add(sums, fabric.world_size)
-                    clock.read()
+                    progress.seconds = time.perf_counter() - began
                     _show(fabric, bar, progress, total_steps)
                     if progress.step == estimate_at:
                         hooks.estimate(progress.seconds / progress.step * total_steps)
@@ -143,7 +139,9 @@ def fit(
                         _finite_means(fabric, progress)
                         hooks.save(progress)
                         raise StopRequested(received)
-                clock.read(wait=True)
+                if fabric.device.type == "cuda":
+                    torch.cuda.synchronize(fabric.device)  # it may still be at work on what it was told
+                progress.seconds = time.perf_counter() - began
             averages = _finite_means(fabric, progress)
             # From the first rank: all must agree on what is best, and on when to stop.
             validation = fabric.broadcast(hooks.validate())
@@ -155,22 +153,6 @@ def fit(
             if _told_to_stop(fabric, received, progress):
                 raise StopRequested(received)
     return progress
-
-
-class _Clock:
-    """Adds the time that training takes to `progress`, validation apart."""
-
-    def __init__(self, fabric: Fabric, progress: Progress) -> None:
-        self.device, self.progress = fabric.device, progress
-        self.last = time.perf_counter()
-
-    def read(self, wait: bool = False) -> None:
-        """`wait` for a GPU, which would still be at work on what it was told: once an epoch."""
-        if wait and self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        self.progress.seconds += now - self.last
-        self.last = now
 
 
 def _finish_epoch(progress: Progress, rates: list[float], averages: Metrics, validation: Metrics, monitor: str) -> None:

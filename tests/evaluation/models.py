@@ -120,7 +120,7 @@ def answer(embedding: Tensor, logits: Tensor, zero_shot_logits: Tensor | None = 
     image = ImageFeatures(embedding[:, None], embedding, embedding)
     return ClassifierOutput(embedding=embedding, image=image, logits=logits, zero_shot_logits=zero_shot_logits)
 
+
 def number(value: float) -> TextFeatures:
     """Classes that stand for one number."""
     return TextFeatures(*[torch.tensor(value)] * 7)
-

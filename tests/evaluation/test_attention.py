@@ -183,7 +183,7 @@ class TestWords:
 
     def test_a_caption_cut_short_keeps_its_last_word(self) -> None:
         tokens = tokenize(["a zxqy"], 12)[0][:, :-3]  # start, a, z, x
-        ((words, weights),) = word_attention(looking_at_its_own_number(4), tokens)
+        ((words, _),) = word_attention(looking_at_its_own_number(4), tokens)
         assert words == ["a", "zx"]
 
     def test_of_a_captioner(self) -> None:

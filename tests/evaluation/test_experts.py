@@ -11,8 +11,8 @@ from tests.evaluation.models import block, captioner, captions, classifier, pict
 
 from diffmoe.config import UserError
 from diffmoe.evaluation.experts import (
-    RoutingCollector,
     BlockRouting,
+    RoutingCollector,
     class_expert_counts,
     coactivation,
     favourites,

@@ -57,9 +57,7 @@ class HubSource:
         """As `ParquetSource.read`; the tables stay memory-mapped either way."""
         if self.has_captions:
             return (), {
-                split: with_captions(
-                    self._pictures(split), picture, [table.data.select(self._columns(split).captions)]
-                )
+                split: with_captions(self._pictures(split), picture, [table.data.select(self._columns(split).captions)])
                 for split, table in self.tables.items()
             }
         files = {}

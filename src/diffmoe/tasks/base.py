@@ -126,6 +126,7 @@ class Task(ABC):
 
     def check_outputs(self, folder: Path, overwrite: bool) -> None:
         """Before work begins: raises `UserError` where `test` would write over a file of the user's in `folder`."""
+        del folder, overwrite
 
     def check_data(self, model_classes: tuple[str, ...], data: Dataset, path: str) -> None:
         """Raises `UserError` where the data is not of the kind that the model in `path` was trained on."""
@@ -143,9 +144,7 @@ class Task(ABC):
         """(N, C, H, W) normalised -> a sentence for each."""
 
     @abstractmethod
-    def compare(
-        self, model: Any, pictures: Tensor, text: str, classes: TextFeatures | None
-    ) -> list[dict[str, object]]:
+    def compare(self, model: Any, pictures: Tensor, text: str, classes: TextFeatures | None) -> list[dict[str, object]]:
         """What a text adds that is said of each of (N, C, H, W) normalised pictures, beside its similarity."""
 
     def reads_texts(self, model: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import pairwise
 from typing import Literal
 
@@ -10,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.small import SMALL
 from torch import Tensor
 
-from diffmoe.config import END_ID, START_ID, ModelConfig
+from diffmoe.config import END_ID, START_ID
 from diffmoe.data.text import detokenize, tokenize
 from diffmoe.evaluation.attention import (
     description_attention,
@@ -27,22 +29,14 @@ from diffmoe.model.encoders import AttentionMap, Place
 from diffmoe.model.heads import ImageClassifier
 
 B, H, N, L, C = 2, 3, 5, 3, 4
-CONFIG = ModelConfig(
-    img_size=8,
-    patch_size=4,
-    embed_dim=16,
-    num_heads=2,
+CONFIG = dataclasses.replace(
+    SMALL,
     img_encoder_layers=2,
-    text_encoder_layers=1,
     fusion_layers=2,
-    num_general_experts=3,
-    expansion_factor=1,
     num_classes=C,
     dropout=0.5,
     vocab_size=49408,
     max_text_len=12,
-    text_embed_dim=4,
-    use_gradient_checkpointing=False,
     initializer_range=0.5,
 )
 CLASS_TOKENS = torch.arange(1, 25).view(C, 2, 3)
@@ -60,8 +54,7 @@ def one_map(weights: list[list[float]], layer: int = 0) -> AttentionMap:
 
 def classifier(mode: Literal["image", "descriptions"], img_size: int = 8) -> ImageClassifier:
     torch.manual_seed(0)
-    fields = {**vars(CONFIG), "classify_with": mode, "img_size": img_size}
-    return ImageClassifier(ModelConfig(**fields), CLASS_TOKENS).eval()
+    return ImageClassifier(dataclasses.replace(CONFIG, classify_with=mode, img_size=img_size), CLASS_TOKENS).eval()
 
 
 def pictures(size: int = 8) -> Tensor:
@@ -194,10 +187,10 @@ class TestWords:
             maps = model.run((pictures(), tokens, mask), need_weights=True).attention
             alone = model.read(pictures()[:1], tokens[:1, :3], need_weights=True).attention
         found = word_attention(maps, tokens)
-        assert [words.words for words in found] == [["a", "dog"], ["two", "zxqy", "cats", "play"]]
-        assert [words.weights.shape for words in found] == [(2, 4), (4, 4)]
+        assert [words for words, _ in found] == [["a", "dog"], ["two", "zxqy", "cats", "play"]]
+        assert [weights.shape for _, weights in found] == [(2, 4), (4, 4)]
         # Neither the batch-mates and their padding nor the word itself and what follows it are in its row.
-        torch.testing.assert_close(word_attention(alone, tokens[:1, :3])[0].weights, found[0].weights)
+        torch.testing.assert_close(word_attention(alone, tokens[:1, :3])[0][1], found[0][1])
 
     def test_maps_of_other_tokens(self) -> None:
         with pytest.raises(ValueError, match=r"\(1, 5\) tokens for \(1, 4\) tokens"):

@@ -21,6 +21,7 @@ CONFIG = dataclasses.replace(
     SMALL,
     img_encoder_layers=2,
     num_general_experts=4,
+    expansion_factor=4,
     vocab_size=60,
     max_text_len=6,
     dropout=0.5,

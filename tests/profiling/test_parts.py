@@ -11,7 +11,7 @@ from diffmoe.model.captioner import Captioner
 from diffmoe.model.heads import ImageClassifier
 from diffmoe.profiling.parts import METHODS, ORDER, count_by_part, module_parts
 
-CONFIG = dataclasses.replace(SMALL, num_classes=5)
+CONFIG = dataclasses.replace(SMALL, expansion_factor=4, vocab_size=50, num_classes=5)
 
 
 @pytest.mark.parametrize("kind", [Captioner, ImageClassifier])

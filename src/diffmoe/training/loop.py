@@ -89,7 +89,7 @@ class Hooks:
     """What `fit` calls on its way. All ranks call all of them."""
 
     validate: Callable[[], Metrics]
-    """Scores the model."""
+    """Scores the model: `val_accuracy` is to rise."""
     save: Callable[[Progress], None]
     """After each epoch, and before stopping on a signal: save everything."""
     tell: Callable[[Progress], None]
@@ -98,9 +98,7 @@ class Hooks:
     """Once, early on: the whole training's expected seconds."""
 
 
-def fit(
-    trainee: Trainee, train: PictureBatches[Any], hooks: Hooks, progress: Progress, monitor: str = "val_accuracy"
-) -> Progress:
+def fit(trainee: Trainee, train: PictureBatches[Any], hooks: Hooks, progress: Progress) -> Progress:
     """Train to the end of `config.epochs`, or until validation stops improving.
 
     Args:
@@ -108,7 +106,6 @@ def fit(
         train: training batches of this rank.
         hooks: what to call on the way.
         progress: where to start: a fresh `Progress()`, or a saved one to resume. Updated in place.
-        monitor: the metric of `validate` that is to rise.
 
     Raises:
         StopRequested: on SIGINT or SIGTERM, after the current step was finished and saved.
@@ -147,7 +144,7 @@ def fit(
             validation = fabric.broadcast(hooks.validate())
             steps = range(progress.step - progress.window, progress.step)
             rates = [learning_rate(step, total_steps, config) for step in steps]
-            _finish_epoch(progress, rates, averages, validation, monitor)
+            _finish_epoch(progress, rates, averages, validation)
             hooks.save(progress)
             hooks.tell(progress)
             if _told_to_stop(fabric, received, progress):
@@ -155,7 +152,7 @@ def fit(
     return progress
 
 
-def _finish_epoch(progress: Progress, rates: list[float], averages: Metrics, validation: Metrics, monitor: str) -> None:
+def _finish_epoch(progress: Progress, rates: list[float], averages: Metrics, validation: Metrics) -> None:
     if not math.isfinite(loss := validation.get("val_loss", 0.0)):
         raise _diverged(loss, progress.step)
     progress.epoch += 1
@@ -173,9 +170,10 @@ def _finish_epoch(progress: Progress, rates: list[float], averages: Metrics, val
             "peak_lr": max(rates),
         }
     )
-    improved = progress.best is None or validation[monitor] > progress.best
-    progress.best = validation[monitor] if improved else progress.best
-    progress.epochs_since_best = 0 if improved else progress.epochs_since_best + 1
+    if progress.best is None or validation["val_accuracy"] > progress.best:
+        progress.best, progress.epochs_since_best = validation["val_accuracy"], 0
+    else:
+        progress.epochs_since_best += 1
     progress.window, progress.sums = 0, {}
 
 

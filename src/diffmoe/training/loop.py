@@ -19,7 +19,7 @@ import torch
 from lightning_fabric import Fabric
 from tqdm import tqdm
 
-from diffmoe.config import TrainingConfig, UserError
+from diffmoe.config import UserError
 from diffmoe.data.batches import PictureBatches
 from diffmoe.storage.run_files import Metrics
 from diffmoe.training.objective import Sums, Trainee, means
@@ -116,7 +116,7 @@ def fit(trainee: Trainee, train: PictureBatches[Any], hooks: Hooks, progress: Pr
     total_steps = config.epochs * steps_per_epoch
     estimate_at = progress.step + 20
     with _signals() as received:
-        while progress.epoch < config.epochs and not _is_stale(progress, config):
+        while progress.epoch < config.epochs and not 0 < config.patience <= progress.epochs_since_best:
             trainee.objective.train()
             batches = iter(train.epoch(progress.epoch, start=progress.window * config.accumulation_steps))
             with _bar(fabric, progress, config.epochs, steps_per_epoch) as bar:
@@ -189,10 +189,6 @@ def _finite_means(fabric: Fabric, progress: Progress) -> Metrics:
 
 def _diverged(loss: float, step: int) -> UserError:
     return UserError(f"the loss is {loss} at step {step}: lower --lr or raise --warmup_fraction")
-
-
-def _is_stale(progress: Progress, config: TrainingConfig) -> bool:
-    return 0 < config.patience <= progress.epochs_since_best
 
 
 def _bar(fabric: Fabric, progress: Progress, epochs: int, steps: int) -> tqdm[Any]:

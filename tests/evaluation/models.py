@@ -120,4 +120,5 @@ def answer(embedding: Tensor, logits: Tensor, zero_shot_logits: Tensor | None = 
 
 def number(value: float) -> TextFeatures:
     """Classes that stand for one number."""
-    return TextFeatures(*[torch.tensor(value)] * 7)
+    t = torch.tensor(value)
+    return TextFeatures(tokens=t, features=t, mask=t, mean=t, pooled=t, embedding=t, first=t)

@@ -157,7 +157,7 @@ class TinyModel(StubHead):
         self.head = nn.Linear(8, 3)
         self.zero_shot = zero_shot
 
-    def run(self, batch: Sequence[Tensor], *_: Any, **options: Any) -> ClassifierOutput:
+    def run(self, batch: Sequence[Tensor], **_: Any) -> ClassifierOutput:
         features = self.trunk(batch[0])
         return answer(features, self.head(features), features[:, :3] if self.zero_shot else None)
 

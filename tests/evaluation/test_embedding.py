@@ -21,7 +21,7 @@ from diffmoe.model.outputs import ClassifierOutput, TextFeatures
 class Doubled(StubHead):
     """Embeds a picture as twice its pixels, while it is not training."""
 
-    def run(self, batch: Sequence[Tensor], classes: TextFeatures | None = None, **options: Any) -> ClassifierOutput:
+    def run(self, batch: Sequence[Tensor], *, classes: TextFeatures | None = None, **options: Any) -> ClassifierOutput:
         shift = 0.0 if classes is None else classes.embedding
         embedding = batch[0].flatten(1) * (math.nan if self.training else 2) + shift
         return answer(embedding, embedding)

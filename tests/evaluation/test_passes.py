@@ -36,7 +36,7 @@ class Watched(StubHead):
         self.calls.append(("classes", torch.is_autocast_enabled("cpu")))
         return number(1.0)
 
-    def run(self, batch: Sequence[Tensor], classes: TextFeatures | None = None, **options: Any) -> ClassifierOutput:
+    def run(self, batch: Sequence[Tensor], *, classes: TextFeatures | None = None, **options: Any) -> ClassifierOutput:
         assert not self.training
         assert not torch.is_grad_enabled()
         self.calls.append(("run", torch.is_autocast_enabled("cpu")))

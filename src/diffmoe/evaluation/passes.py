@@ -40,7 +40,7 @@ def run_over(
             classes = model.class_features() if classes is None else classes
         for batch in batches:
             with autocast():
-                output = model.run(batch, classes)
+                output = model.run(batch, classes=classes)
             for collect in collects:
                 collect(batch, output)
             count += 1

@@ -148,8 +148,8 @@ class Captioner(Head):
     def run(
         self,
         batch: Sequence[Tensor],
-        classes: TextFeatures | None = None,
         *,
+        classes: TextFeatures | None = None,
         need_weights: bool = False,
         need_losses: bool = False,
     ) -> CaptionerOutput:
@@ -157,7 +157,7 @@ class Captioner(Head):
         images, tokens, mask = batch
         return self.read(images, tokens, mask, need_weights=need_weights, need_losses=need_losses)
 
-    def answer(self, batch: Sequence[Tensor], classes: TextFeatures | None = None) -> CaptionerOutput:
+    def answer(self, batch: Sequence[Tensor], *, classes: TextFeatures | None = None) -> CaptionerOutput:
         """As `Head` says: with the logits of all tokens."""
         images, tokens, mask = batch
         return self.read(images, tokens, mask, need_logits=True)

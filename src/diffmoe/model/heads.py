@@ -58,16 +58,16 @@ class Head(nn.Module, ABC):
     def run(
         self,
         batch: Sequence[Tensor],
-        classes: TextFeatures | None = None,
         *,
+        classes: TextFeatures | None = None,
         need_weights: bool = False,
         need_losses: bool = False,
     ) -> Output:
         """A batch of the task's data, pictures first. `classes` are the `class_features`; None computes them."""
 
-    def answer(self, batch: Sequence[Tensor], classes: TextFeatures | None = None) -> Output:
+    def answer(self, batch: Sequence[Tensor], *, classes: TextFeatures | None = None) -> Output:
         """`run` as far as the logits: what a prediction costs."""
-        return self.run(batch, classes)
+        return self.run(batch, classes=classes)
 
     @abstractmethod
     def num_targets(self, batch: Sequence[Tensor]) -> Tensor | int:
@@ -127,8 +127,8 @@ class ImageClassifier(Head):
     def run(
         self,
         batch: Sequence[Tensor],
-        classes: TextFeatures | None = None,
         *,
+        classes: TextFeatures | None = None,
         need_weights: bool = False,
         need_losses: bool = False,
     ) -> ClassifierOutput:

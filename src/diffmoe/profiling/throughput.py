@@ -35,7 +35,7 @@ class Contender(Trainee):
         """What to call with a batch within; class descriptions, where there are any, are read before."""
         with evaluating(self.model), torch.inference_mode(), self.fabric.autocast():
             classes = self.model.class_features()
-            yield lambda batch: self.model.answer(batch, classes)
+            yield lambda batch: self.model.answer(batch, classes=classes)
 
 
 def race(

@@ -121,7 +121,7 @@ class Subject:
         used, pictures = self.predictor, self._example_pictures
         batch = used.task.answered(used.model, pictures, self.generation)
         with evaluating(used.model), torch.no_grad():
-            return used.model.run(batch, used.classes, need_weights=True).attention
+            return used.model.run(batch, classes=used.classes, need_weights=True).attention
 
     @property
     def _example_pictures(self) -> Tensor:

@@ -91,7 +91,7 @@ def _in_square(points: Points, side: float) -> Points:
 def _scatter(axes: Axes, places: Points, number: int, size: float) -> None:
     color, marker = class_style(number)
     x, y, name = places[:, 0], places[:, 1], f"class {number}"
-    axes.scatter(x, y, size, color, marker, alpha=0.75, linewidths=0.3, edgecolors="white", gid=name)
+    axes.scatter(x, y, size, color, marker=marker, alpha=0.75, linewidths=0.3, edgecolors="white", gid=name)
 
 
 def _write_names(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
 import torch
+from tests.small import SMALL
 
-from diffmoe.config import ModelConfig, TrainingConfig
+from diffmoe.config import TrainingConfig
 from diffmoe.model.heads import ImageClassifier
 from diffmoe.training.optimizer import learning_rate, make_optimizer
 
@@ -56,21 +58,10 @@ DECAYED = (
 
 
 def test_weight_decay_is_on_matrices_only():
-    config = ModelConfig(
-        img_size=8,
-        patch_size=2,
-        patch_embed="conv",
-        embed_dim=16,
-        num_heads=2,
-        img_encoder_layers=1,
-        text_encoder_layers=1,
-        fusion_layers=1,
-        vocab_size=20,
-        text_embed_dim=4,
-        router_noise=True,
-        classify_with="descriptions",
+    config = dataclasses.replace(
+        SMALL, patch_size=2, patch_embed="conv", router_noise=True, classify_with="descriptions"
     )
-    model = ImageClassifier(config, torch.ones(10, 1, 6, dtype=torch.int64))
+    model = ImageClassifier(config, torch.ones(3, 1, 6, dtype=torch.int64))
     optimizer = make_optimizer(model, TrainingConfig(weight_decay=0.3))
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(decay)  # each once

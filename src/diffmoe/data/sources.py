@@ -9,10 +9,10 @@ from typing import Literal, Protocol
 from diffmoe.config import EMBEDDED_DATASETS, HUB_DATASETS, DataConfig, UserError, dataset_name, nearest
 from diffmoe.data.caption_files import find_caption_files, has_caption_files, has_table_suffix
 from diffmoe.data.folders import FolderSource, has_class_folders
-from diffmoe.data.hub import check_hub
+from diffmoe.data.hub import HubSource, check_hub
+from diffmoe.data.parquet import ParquetSource, parquet_files
 from diffmoe.data.pictures import PictureSpec
 from diffmoe.data.splits import ClassesAndSplits
-from diffmoe.data.tables import HubSource, ParquetSource, parquet_files
 
 Kind = Literal["classification", "captions"]
 """What a set teaches: pictures with labels, or with captions."""

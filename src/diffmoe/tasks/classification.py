@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -21,6 +21,7 @@ from diffmoe.data.text import tokenize
 from diffmoe.evaluation.classification import classification_metrics, pick_examples, predict
 from diffmoe.evaluation.passes import Autocast, Scores, run_over
 from diffmoe.model.heads import ImageClassifier
+from diffmoe.model.outputs import TextFeatures
 from diffmoe.tasks.base import Metrics, Runtime, Task, Tested
 
 
@@ -64,7 +65,7 @@ class Classification(Task):
 
     def validate(self, model: Any, batches: PictureBatches[Split], autocast: Autocast = nullcontext) -> Metrics:
         scores = Scores(model)
-        run_over(model, batches.epoch(), scores, autocast=autocast)
+        run_over(model, batches.epoch(), scores.add, autocast=autocast)
         return {"val_loss": scores.loss, "val_accuracy": scores.accuracy}
 
     def test(self, model: Any, data: Dataset, runtime: Runtime, settings: Settings) -> Tested:
@@ -89,7 +90,7 @@ class Classification(Task):
         named = {name if name == "zero_shot_accuracy" else f"test_{name}": value for name, value in found.items()}
         return Tested({**named, "class_names": list(names)}, drawn)
 
-    def report_lines(self, metrics: dict[str, Any], data: Dataset) -> list[str]:
+    def report_lines(self, metrics: Mapping[str, Any], data: Dataset) -> list[str]:
         shown = {
             "test_accuracy": "accuracy",
             "test_top5_accuracy": "top-5 accuracy",
@@ -107,8 +108,8 @@ class Classification(Task):
             lines.append(f"  {name:{width}}  {precision:9.1%}  {recall:6.1%}")
         return lines
 
-    def classify(self, model: ImageClassifier, pictures: Tensor, constants: dict[str, Any]) -> Tensor:
-        return model.classify(pictures, **constants).logits.softmax(-1).cpu()
+    def classify(self, model: ImageClassifier, pictures: Tensor, classes: TextFeatures | None) -> Tensor:
+        return model.classify(pictures, classes=classes).logits.softmax(-1).cpu()
 
     def caption(self, model: Any, pictures: Tensor, config: GenerationConfig, seed: int) -> list[str]:
         """It cannot."""
@@ -117,17 +118,17 @@ class Classification(Task):
         )
 
     def compare(
-        self, model: ImageClassifier, pictures: Tensor, text: str, constants: dict[str, Any]
-    ) -> list[dict[str, Any]]:
+        self, model: ImageClassifier, pictures: Tensor, text: str, classes: TextFeatures | None
+    ) -> list[dict[str, object]]:
         """`with_text`, the classes given both.
 
         Picture and text are taken as independent given the class: their product, scaled, is the probability given both.
         """
-        classes = constants["classes"]
+        assert classes is not None  # or it would read no texts
         tokens, mask = (t.to(pictures.device) for t in tokenize([text], model.config.max_text_len))
         similarity = classes.embedding @ model.backbone.encode_text(tokens, mask)[0]
         given_text = (model.backbone.scale * similarity).softmax(-1).cpu()
-        both = self.classify(model, pictures, constants) * given_text
+        both = self.classify(model, pictures, classes) * given_text
         return [{"with_text": row} for row in both / both.sum(1, keepdim=True)]
 
     def reads_texts(self, model: ImageClassifier) -> bool:

@@ -20,6 +20,7 @@ from tests.data.samples import captioned, labelled, load, pictures, pixels
 from torch import Tensor
 
 from diffmoe.config.settings import parse_settings
+from diffmoe.data.descriptions import class_descriptions
 from diffmoe.data.loading import FINGERPRINT_SAMPLE, Dataset
 from diffmoe.data.pictures import PictureSpec
 from diffmoe.data.splits import Split

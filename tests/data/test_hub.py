@@ -37,6 +37,19 @@ def test_a_user_without_a_home_is_told_so(monkeypatch: pytest.MonkeyPatch) -> No
         check_dataset(CIFAR10)
 
 
+def test_a_folder_that_is_not_there_is_said_before_the_network_is_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no route\nand a long story")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", ask)
+    with pytest.raises(UserError) as caught:
+        check_dataset(DataConfig(dataset="data/pets"))
+    assert str(caught.value) == (
+        "dataset is 'data/pets': there is no such folder, and the hub does not say whether it has such a set "
+        "(no route): it must be a folder that exists, or there must be a network"
+    )
+
+
 def test_a_hub_that_never_answers_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     released = threading.Event()
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: released.wait(30))

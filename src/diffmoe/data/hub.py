@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffmoe.config import UserError, dataset_name, expanded
+from diffmoe.config import HUB_DATASETS, UserError, dataset_name, expanded
 from diffmoe.data.labels import LABEL_COLUMN, FileLabels, encode_labels, listed_names
 from diffmoe.data.pictures import LazyImages, PictureSpec
 from diffmoe.data.splits import SPLIT_ALIASES, ClassesAndSplits, Split
@@ -97,7 +97,12 @@ def check_hub(name: str) -> None:
             "it must be a folder, or a hub name such as owner/name"
         ) from error
     except Exception as error:  # the library lets those of its HTTP client through
-        raise _unreachable(name, error) from error
+        if name in HUB_DATASETS.values():
+            raise _unreachable(name, error) from error
+        raise UserError(
+            f"dataset is {name!r}: there is no such folder, and the hub does not say whether it has such a set "
+            f"({_reason(error)}): it must be a folder that exists, or there must be a network"
+        ) from error
 
 
 def in_time(ask: Callable[[], object]) -> None:
@@ -183,8 +188,11 @@ def is_cached(name: str) -> bool:
 
 
 def _unreachable(name: str, error: Exception) -> UserError:
-    reason = (str(error).splitlines() or [""])[0] or type(error).__name__
     return UserError(
-        f"cannot get {name} from the hub ({reason}): there must be a network, "
+        f"cannot get {name} from the hub ({_reason(error)}): there must be a network, "
         f"or --data_dir DIR with DIR/{dataset_name(name)}/train-*.parquet"
     )
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0] or type(error).__name__

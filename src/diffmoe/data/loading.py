@@ -59,7 +59,7 @@ class Dataset:
         told = (
             f"{len(self.class_names)} classes" if self.class_names else f"{len(self.train.texts):,} training captions"
         )
-        return f"{self.name}: pictures: {counts}; {told}"
+        return f"{self.name}: {counts} pictures; {told}"
 
     def fingerprint(self) -> str:
         """What tells the data from other data: classes, labels or captions, and some of the pictures.

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from diffmoe.config import UserError
+from diffmoe.config import UserError, expanded
 
 PICTURE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".png", ".webp", ".avif"),
@@ -78,13 +78,14 @@ class PictureSpec:
         return max(1, min(500, EVALUATION_VALUES // (self.channels * self.size**2)))
 
     def read(self, picture: str | Path | Image.Image) -> Tensor:
-        """A picture of any mode and size, at a path or PIL's, as uint8 (C, size, size).
+        """A picture of any mode and size, at a path (`~` is the user's home) or PIL's, as uint8 (C, size, size).
 
         Raises `UserError` naming the path where it is missing, no picture, corrupt or truncated.
         """
         if isinstance(picture, Image.Image):
             return self.fit(picture.copy())
-        return self.decode(Path(picture), str(picture))
+        path = expanded(str(picture))
+        return self.decode(Path(path), path)
 
     def decode(self, picture: bytes | Path, where: str) -> Tensor:
         """An encoded picture as uint8 (C, size, size). Raises `UserError` naming `where` where that fails."""

@@ -71,9 +71,11 @@ def make_report(
     name = dataset or used.info.dataset
     if dataset_name(name) != used.info.dataset:
         raise UserError(f"dataset is {name!r}: the model in {checkpoint} was trained on {used.info.dataset!r}")
-    check_outside_data(folder, DataConfig(dataset=name, data_dir=data_dir), "output_dir", "visualizations")
+    data = DataConfig(dataset=name, data_dir=data_dir)
+    used.info.check_source(data, checkpoint)
+    check_outside_data(folder, data, "output_dir", "visualizations")
     run = RunFiles.beside(checkpoint)
-    subject, all_pictures = _open_subject(used, DataConfig(dataset=name, data_dir=data_dir), split, run, show)
+    subject, all_pictures = _open_subject(used, data, split, run, show)
     saved: list[Path] = []
     with speaking(lang):
         title = say("What the experts do: {dataset}", dataset=used.info.dataset)

@@ -17,6 +17,7 @@ from diffmoe.config import DataConfig, UserError
 from diffmoe.data import sources
 from diffmoe.data.captions import CaptionSplit
 from diffmoe.data.descriptions import class_descriptions, described_sets
+from diffmoe.data.hub import HubSource
 from diffmoe.data.parquet import ParquetSource
 from diffmoe.data.pictures import LazyImages, PictureSpec
 from diffmoe.data.sources import check_dataset, find_source

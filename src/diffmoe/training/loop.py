@@ -142,9 +142,7 @@ def fit(trainee: Trainee, train: PictureBatches[Any], hooks: Hooks, progress: Pr
                         _finite_means(fabric, progress)
                         hooks.save(progress)
                         raise StopRequested(received)
-                if fabric.device.type == "cuda":
-                    torch.cuda.synchronize(fabric.device)  # it may still be at work on what it was told
-                progress.seconds = time.perf_counter() - began
+                clock.read(wait=True)
             averages = _finite_means(fabric, progress)
             # From the first rank: all must agree on what is best, and on when to stop.
             validation = fabric.broadcast(hooks.validate())

@@ -132,7 +132,7 @@ def test_sections_may_be_made_one_by_one_and_speak_the_language_of_the_page(tmp_
 
     @style.styled()
     def confusion() -> Figure:
-        """How to read it: a row is a true class, a dark cell off the diagonal the class that it is mistaken for."""
+        """How to read it: a row is a true class, a coloured cell off the diagonal the class that it is mistaken for."""
         return line()
 
     path = write_report(tmp_path / "zh.html", "t", sections(), "zh")
@@ -168,7 +168,7 @@ def test_how_to_read_needs_its_sentence() -> None:
 
 
 @pytest.mark.parametrize(
-    "needed", ["prefers-color-scheme: dark", "@media print", "max-width: max(100%, .8 * var(--own)); height: auto"]
+    "needed", ["prefers-color-scheme: dark", "@media print", "max-width: max(100%, .7 * var(--own)); height: auto"]
 )
 def test_the_page_is_for_dark_rooms_paper_and_phones(tmp_path: Path, needed: str) -> None:
     found = page(tmp_path)

@@ -11,6 +11,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import same_color, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from tests.visualization import test_experts
 from tests.visualization.test_attention import random_maps, random_rows
 from tests.visualization.test_embedding import clusters
@@ -86,7 +87,7 @@ def test_what_is_written_can_be_read(name: str, shown: Theme) -> None:
         figure = FIGURES[name]()
         FigureCanvasAgg(figure).draw()
     on_ground = {shown.ink, shown.muted, shown.right, shown.wrong}
-    for text in figure.findobj(lambda artist: hasattr(artist, "get_text")):
+    for text in figure.findobj(Text):  # pyright: ignore[reportArgumentType]
         color = text.get_color()  # pyright: ignore[reportAttributeAccessIssue]
         is_known = any(same_color(color, known) for known in (*on_ground, ink_on("white"), ink_on("black")))
         assert is_known, text

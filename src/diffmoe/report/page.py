@@ -93,7 +93,7 @@ def write_report(
                 "command": say("Command"),
                 "enlarge": say("Enlarge: {title}"),
                 "top": say("Back to the top"),
-                "hint": say("A tap on a figure shows it at full size."),
+                "hint": say("A tap on a figure shows it at full size; a wide one is moved sideways."),
             },
         )
     write_atomically(path, lambda unfinished: unfinished.write_text(page, encoding="utf-8"))

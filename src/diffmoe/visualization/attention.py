@@ -45,7 +45,7 @@ COLORS[:, 3] = np.linspace(0.35, 0.85, 256)
 """Of a heat map, from low to high: the lower, the more of the picture is seen through it."""
 DIMMED = (0.2, 0.85)
 """What black and white of the picture become under it."""
-BRIGHTEST, BRIGHTEST_OF_ROLLOUT = 16, 4
+BRIGHTEST, BRIGHTEST_OF_ROLLOUT = 8, 4
 """How many times an even share the brightest colour stands for; where there is more, it looks the same."""
 
 

@@ -63,7 +63,7 @@ LIGHT = Theme(
 DARK = Theme(
     *("#1F2127", "#E8E8EC", "#A4A7AE", "#3A3D45", SKY, "#F08A4B"),
     LinearSegmentedColormap.from_list("shares", ["#262930", BLUE, "#D6ECFF"]),
-    LinearSegmentedColormap.from_list("changes", ["#FF8F70", "#B5452C", "#262930", BLUE, "#8CC8F5"]),
+    LinearSegmentedColormap.from_list("changes", ["#FF5A3C", "#262930", SKY]),
 )
 THEMES = {"light": LIGHT, "dark": DARK}
 _current: ContextVar[Theme] = ContextVar("theme", default=LIGHT)

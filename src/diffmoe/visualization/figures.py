@@ -141,7 +141,7 @@ def _auxiliary_title(key: str) -> str:
 
 @styled()
 def confusion_matrix(matrix: Tensor | ArrayLike, class_names: Sequence[str]) -> Figure:
-    """How to read it: a row is a true class, a dark cell off the diagonal the class that it is mistaken for.
+    """How to read it: a row is a true class, a coloured cell off the diagonal the class that it is mistaken for.
 
     `matrix` (C, C): counts, true class by predicted class. The colour is the share of the row. Up to 20 classes the
     counts are written in the cells (none for 0); the side grows with C up to a page, then only some classes are named.

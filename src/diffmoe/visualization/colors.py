@@ -52,8 +52,9 @@ class Theme:
 
     def over_ground(self, color: str, opacity: float) -> str:
         """`color` as it looks where it is not quite opaque, itself opaque."""
-        mixed = zip(to_rgb(color), to_rgb(self.ground), strict=True)
-        return to_hex([opacity * above + (1 - opacity) * below for above, below in mixed])
+        channels = zip(to_rgb(color), to_rgb(self.ground), strict=True)
+        red, green, blue = (opacity * above + (1 - opacity) * below for above, below in channels)
+        return to_hex((red, green, blue))
 
 
 LIGHT = Theme(

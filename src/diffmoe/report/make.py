@@ -110,10 +110,10 @@ def _sections(subject: Subject, folder: Path, saved: list[Path]) -> Iterator[Sec
     for name in bar:
         bar.set_postfix_str(name)
         section: Section = getattr(sections, name)(subject)
-        for number, figure in enumerate(section.figures, 1):
-            suffix = f"_{number}" if len(section.figures) > 1 else ""
+        for number, draw in enumerate(section.drawings, 1):
+            suffix = f"_{number}" if len(section.drawings) > 1 else ""
             path = folder / f"{name}{suffix}.{subject.show.figure_format}"
-            saved.append(figures.save(figure, path, dpi=subject.show.dpi))
+            saved.append(figures.save(draw(), path, dpi=subject.show.dpi))
         yield section
 
 

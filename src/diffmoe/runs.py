@@ -132,7 +132,7 @@ def test_run(settings: Settings, tell: Tell = print) -> dict[str, Any]:
     task = check_run(settings, trains=False)
     files.replace_earlier()
     check_writable(files.folder)
-    files.read_metrics()
+    files.read_metrics(), files.read_history()  # damaged, they would fail after the work
     with _clean():
         loaded = load_model_file(path)
         model, info = loaded.model, loaded.data

@@ -202,7 +202,7 @@ def test_files_that_will_not_do(folder: Path) -> None:
         load_captions(folder)
     (folder / "captions.csv").rename(folder / "one.csv")
     (folder / "two.jsonl").write_text("not json\n")
-    with pytest.raises(UserError, match=r"holds 2 tables: name the one with the captions captions.csv or .jsonl"):
+    with pytest.raises(UserError, match=r"holds 2 tables: name the one with the captions captions.csv, .tsv or .jsonl"):
         load_captions(folder)
     (folder / "one.csv").unlink()
     with pytest.raises(UserError, match=r"two.jsonl line 1 is not valid JSON"):

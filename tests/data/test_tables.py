@@ -234,7 +234,10 @@ def test_columns_of_texts_or_of_lists(tmp_path: Path, columns: dict[str, Any], i
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"caption": [1, 2]}, r"train-0.parquet row 0 has the caption 1 \(number 0\): it must be text"),
+        *(
+            ({"caption": cells}, "train-0.parquet has caption of type .*: captions must be texts, or lists of texts")
+            for cells in ([1, 2], [b"a", b"b"], [{"text": "a"}, {"text": "b"}], [[["a"]], [["b"]]], [[1], [2]])
+        ),
         ({"caption_0": ["a", None]}, r"train-0.parquet row 1 has an empty caption \(number 0\)"),
         ({"captions": [["a"], []]}, r"train-0.parquet row 1 has no caption: a picture must have at least one"),
     ],

@@ -17,6 +17,14 @@ from diffmoe.config import UserError, expanded
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
+def _path(text: str) -> str:
+    """`expanded`, whose reason argparse would not tell."""
+    try:
+        return expanded(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def bare_parser(command: str, description: str) -> argparse.ArgumentParser:
     """A parser without flags, whose errors are one line."""
     parser = argparse.ArgumentParser(prog=f"diffmoe {command}", description=description, allow_abbrev=False)
@@ -24,6 +32,7 @@ def bare_parser(command: str, description: str) -> argparse.ArgumentParser:
     def error(message: str) -> NoReturn:
         raise UserError(f"{message}; {parser.prog} --help lists all flags")  # argparse's own is two lines and an exit
 
+    parser.register("type", expanded, _path)
     parser.error = error
     return parser
 

@@ -16,7 +16,7 @@ from diffmoe.files import write_atomically
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Part of every file's name: raise it when decoding or the layout changes, and old files are no longer read."""
 CHECKSUM = "crc32"
 """Name in a file's metadata."""
@@ -43,8 +43,7 @@ def read_cache(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = dict(file.metadata() or {})
-        written = metadata.pop(CHECKSUM, None)  # none: of an earlier version
-        if written not in (None, _checksum(tensors, metadata)):
+        if metadata.pop(CHECKSUM, "") != _checksum(tensors, metadata):
             raise ValueError("its checksum does not hold")
         return tensors, metadata
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Captioned pictures that are files: a table of captions (CSV or JSON Lines), or Flickr8k, the original or Kaggle's."""
+"""Captioned pictures that are files: a table of captions (CSV, TSV, JSON Lines), or Flickr8k, original or Kaggle's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from diffmoe.data.splits import ClassesAndSplits, split_of
 from diffmoe.data.tables import caption_columns
 from diffmoe.data.text_files import read_csv, read_json_lines, read_lines
 
-TABLE_SUFFIXES = (".csv", ".jsonl")
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 FLICKR_TOKENS = "Flickr8k.token.txt"
 FLICKR_TABLE = "captions.txt"
 """Of Kaggle's copy: a CSV table, its pictures in a folder beside it."""
@@ -38,6 +38,10 @@ class CaptionFiles:
 
     def __len__(self) -> int:
         return sum(map(len, self.captions.values()))
+
+    def left_out(self) -> tuple[()]:
+        """Nothing: a picture without a row in the table may well be meant for something else."""
+        return ()
 
     def fingerprint(self) -> str:
         """Changes with the captions, and when a picture is written (its size or time)."""
@@ -66,7 +70,9 @@ def find_caption_files(place: Path) -> CaptionFiles | None:
         return _read_flickr(place)
     tables = _tables(place)
     if len(tables) > 1:
-        raise UserError(f"{place} holds {len(tables)} tables: name the one with the captions captions.csv or .jsonl")
+        raise UserError(
+            f"{place} holds {len(tables)} tables: name the one with the captions captions.csv, .tsv or .jsonl"
+        )
     return _read_table(tables[0]) if tables else None
 
 

@@ -6,7 +6,7 @@ import bisect
 import hashlib
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -51,9 +51,9 @@ class TablePictures:
         encoded, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
         if isinstance(encoded, str):
             return Path(self.files[self._file(row)]).parent / encoded
-        if encoded is not None:
+        if isinstance(encoded, bytes):
             return encoded
-        if path is None:
+        if encoded is not None or not isinstance(path, str):
             raise UserError(f"{self.where(row)} has no picture: it must hold the bytes of one")
         return Path(path)
 
@@ -105,7 +105,9 @@ class ParquetSource:
         columns: dict[str, Columns] = {}
         for split, paths in files.items():
             for path in paths:
-                found = Columns.of(_read_schema(path).names, str(path))
+                schema = _read_schema(path)
+                found = Columns.of(schema.names, str(path))
+                _check_caption_types(schema, found.captions, str(path))
                 same = columns.setdefault(split, found)
                 if (found.picture, set(found.captions)) != (same.picture, set(same.captions)):
                     raise UserError(f"{path} has {found}, but {paths[0]} has {same}: both must have the same columns")
@@ -124,6 +126,15 @@ class ParquetSource:
         import pyarrow.parquet as pq
 
         return tuple(itertools.accumulate(pq.read_metadata(path).num_rows for path in self.files[split]))
+
+    def left_out(self) -> Iterator[str]:
+        """The files of no split that is read, in a line."""
+        folder, read = self.files["train"][0].parent, set(itertools.chain.from_iterable(self.files.values()))
+        if others := sorted(path.name for path in folder.glob("*.parquet") if path not in read):
+            yield (
+                f"{folder} has Parquet files that are not read ({len(others):,}), such as {others[0]}: "
+                f"a file's name must begin with {', '.join(SPLIT_ALIASES)}"
+            )
 
     def fingerprint(self) -> str:
         """Changes with the files' content, and when a picture that is a file of its own is written."""
@@ -165,21 +176,39 @@ class HubSource:
     name: str
 
     @cached_property
+    def splits(self) -> dict[str, Dataset]:
+        """All of the set's splits, memory-mapped, as the hub calls them."""
+        return load_hub(self.name)
+
+    @cached_property
     def tables(self) -> dict[str, Dataset]:
-        """The set's splits, memory-mapped."""
-        hub = load_hub(self.name)
+        """The splits that are read. Raises `UserError` where one will not do."""
+        import pyarrow.types as types
+
+        hub = self.splits
         found = {split: [hub[alias] for alias in aliases if alias in hub] for split, aliases in SPLIT_ALIASES.items()}
         tables = {split: candidates[0] for split, candidates in found.items() if candidates}
         if "train" not in tables:
             raise UserError(f"{self.name} on the hub has the splits {', '.join(hub)}: one must be named train")
-        _check_task(
-            {split: Columns.of(table.column_names, f"{self.name} {split}") for split, table in tables.items()},
-            {split: f"{self.name} {split}" for split in tables},
-        )
+        columns = {split: Columns.of(table.column_names, f"{self.name} {split}") for split, table in tables.items()}
+        _check_task(columns, {split: f"{self.name} {split}" for split in tables})
+        for split, found in columns.items():
+            schema = tables[split].features.arrow_schema
+            _check_caption_types(schema, found.captions, f"{self.name} {split}")
+            if not types.is_struct(kind := schema.field(found.picture).type) and not types.is_binary(kind):
+                raise UserError(
+                    f"{self.name} {split} has {found.picture} of type {kind}: it must hold the pictures themselves; "
+                    f"download the set with its files, and read it with --data_dir DIR"
+                )
         return tables
 
     def __len__(self) -> int:
         return sum(map(len, self.tables.values()))
+
+    def left_out(self) -> Iterator[str]:
+        """The splits that are not read, in a line."""
+        if others := sorted(set(self.splits).difference(*SPLIT_ALIASES.values())):
+            yield f"{self.name} on the hub has splits that are not read: {', '.join(others)}"
 
     def fingerprint(self) -> str:
         """Changes with the content of the library's files."""
@@ -259,6 +288,20 @@ def _check_task(columns: dict[str, Columns], where: dict[str, str]) -> None:
             raise UserError(f"{where[split]} has {found}, but {where['train']} has {train}: both must be of one kind")
 
 
+def _check_caption_types(schema: pa.Schema, captions: Iterable[str], where: str) -> None:
+    """Raises `UserError` naming a column that holds neither texts nor lists of texts."""
+    import pyarrow.types as types
+
+    for name in captions:
+        kind = held = schema.field(name).type
+        if types.is_list(kind) or types.is_large_list(kind) or types.is_dictionary(kind):
+            held = kind.value_type
+        if not (
+            types.is_string(held) or types.is_large_string(held) or types.is_string_view(held) or types.is_null(held)
+        ):
+            raise UserError(f"{where} has {name} of type {kind}: captions must be texts, or lists of texts")
+
+
 def caption_columns(names: Iterable[str]) -> list[str]:
     """The columns that hold captions: caption, captions, caption_0, caption_1, ..."""
     return [name for name in names if re.fullmatch(r"captions?|caption_.*", name)]
@@ -279,7 +322,9 @@ def _read_columns(path: Path, columns: Sequence[str]) -> pa.Table:
     import pyarrow.parquet as pq
 
     try:
-        return pq.read_table(path, columns=list(columns))
+        table = pq.read_table(path, columns=list(columns))
+        table.validate(full=True)  # texts that are no UTF-8 among others
+        return table
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read ({_one_line(error)})") from error
 

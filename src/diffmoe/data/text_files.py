@@ -38,6 +38,8 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             row = json.loads(line, object_pairs_hook=_unrepeated)
         except ValueError as error:
             raise UserError(f"{path} line {number} is not valid JSON: {error}") from error
+        except RecursionError as error:
+            raise UserError(f"{path} line {number} is nested too deep: it must be an object of texts") from error
         if not isinstance(row, dict):
             raise UserError(f"{path} line {number} must be an object such as {{'image': 'a.jpg', 'caption': '...'}}")
         yield number, row

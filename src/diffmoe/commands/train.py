@@ -19,16 +19,17 @@ def run(settings: Settings) -> int:
     from diffmoe.runs import test_run, train_run
     from diffmoe.storage.run_files import RunFiles
     from diffmoe.training.loop import StopRequested
+    from diffmoe.training.parallel import is_first_process
 
     if settings.mode != "test":
         try:
-            if train_run(settings, _tell) is None:  # not the first of several processes
-                return 0
+            train_run(settings, _tell)
         except StopRequested as stop:
             last = RunFiles(settings.data.dataset, settings.run.save_dir).last
-            print(f"stopped by {stop}, saved in {last}: the same command with --resume goes on", file=sys.stderr)
+            if is_first_process():
+                print(f"stopped by {stop}, saved in {last}: the same command with --resume goes on", file=sys.stderr)
             return 128 + stop.signal_number
-    if settings.mode != "train":
+    if settings.mode != "train" and is_first_process():
         test_run(settings, _tell)
     return 0
 

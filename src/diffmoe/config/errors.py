@@ -22,8 +22,8 @@ LONGEST_NAME, LONGEST_PATH = 255, 4095
 class UserError(ValueError):
     """A mistake of the user's, in one line: what is wrong and what would be right. The command line exits with 2."""
 
-    told = False
-    """Another process of the same run tells of it."""
+    told: bool | None = None
+    """Whether another process of the same run tells of it; None where nobody has asked."""
 
     def __str__(self) -> str:
         """What would end the line or do something to a terminal is written as Python writes it."""

@@ -83,7 +83,7 @@ def has_caption_files(folder: Path) -> bool:
 
 def has_table_suffix(path: Path) -> bool:
     """Whether a file is a captions table by its name."""
-    return path.suffix in TABLE_SUFFIXES or path.name == FLICKR_TABLE
+    return path.suffix.lower() in TABLE_SUFFIXES or path.name == FLICKR_TABLE
 
 
 def _tables(folder: Path) -> list[Path]:
@@ -108,7 +108,7 @@ def _has_columns(path: Path) -> bool:
 
 def _read_table(path: Path) -> CaptionFiles:
     """`image` and `caption...` columns, a row or several for each picture, and, if there is one, `split`."""
-    rows = read_json_lines(path) if path.suffix == ".jsonl" else read_csv(path, "image")
+    rows = read_json_lines(path) if path.suffix.lower() == ".jsonl" else read_csv(path, "image")
     root = path.parent
     if path.name == FLICKR_TABLE:
         root = next(iter(_flickr_folders(root)), root)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import io
 import os
 from collections.abc import Iterator, Sequence
@@ -90,7 +91,7 @@ class PictureSpec:
         """An encoded picture as uint8 (C, size, size). Raises `UserError` naming `where` where that fails."""
         try:
             # Through bytes, not the path: PIL would leave the file of a damaged picture open.
-            encoded = picture.read_bytes() if isinstance(picture, Path) else picture
+            encoded = _read_file(picture) if isinstance(picture, Path) else picture
             with Image.open(io.BytesIO(encoded)) as image:
                 # JPEG can decode straight to a half, a quarter or an eighth: no photograph is decoded at 20 times the
                 # size.
@@ -234,6 +235,13 @@ class _Decoder(Dataset[Tensor | UserError]):
             return self.lazy[indices]
         except UserError as error:
             return error
+
+
+def _read_file(path: Path) -> bytes:
+    """Its bytes. Raises `OSError` where there are none, or where they may have no end: of a device, of a pipe."""
+    if not (path.is_file() or path.is_dir()) and path.exists():
+        raise OSError(errno.EINVAL, "Not a regular file")
+    return path.read_bytes()
 
 
 def available_cores() -> int:

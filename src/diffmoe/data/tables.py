@@ -44,7 +44,10 @@ class TablePictures:
     def read(self, rows: Sequence[int]) -> list[bytes | Path]:
         """The encoded pictures at `rows`. Raises `UserError` naming the row where there is none."""
         table: Any = self.column[list(rows)] if rows else None  # a pyarrow table, by the dataset's format
-        cells = table.column(0).to_pylist() if rows else []
+        try:
+            cells = table.column(0).to_pylist() if rows else []
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.where(rows[0])}, or one after it, has a path that is no UTF-8: mend it") from error
         return [self._picture(cell, row) for cell, row in zip(cells, rows, strict=True)]
 
     def _picture(self, cell: dict[str, Any] | bytes | str | None, row: int) -> bytes | Path:
@@ -84,6 +87,9 @@ class Columns:
                 f"{where} has the columns {', '.join(names)}: "
                 f"it must have {' or '.join(PICTURE_COLUMNS)}, and {LABEL_COLUMN} or caption, caption_0, ..."
             )
+        for name in (pictures[0], *(captions or [LABEL_COLUMN])):
+            if names.count(name) > 1:
+                raise UserError(f"{where} has the column {name} more than once: each must have its own name")
         return cls(pictures[0], captions)
 
     def __str__(self) -> str:
@@ -345,7 +351,7 @@ def _read_labels(path: Path) -> FileLabels:
     try:
         names = listed_names(_read_schema(path))
     except ValueError as error:
-        raise UserError(f"{path} has metadata of `datasets` that is not valid JSON: {error}") from error
+        raise UserError(f"{path} has metadata of `datasets` that will not do: {error}") from error
     return FileLabels(str(path), column, names)
 
 

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,8 @@ def read_csv(path: Path, picture_column: str) -> Iterator[tuple[int, dict[str, s
     rows = _csv_rows(path, text, separator)
     number, names, lines = next(rows, (1, [], ()))
     head = [name.strip() for name in names]
-    for name in filter(None, head):
-        if head.count(name) > 1:
+    for name, count in Counter(filter(None, head)).items():
+        if count > 1:
             raise UserError(f"{path} line {number} has the column {name} more than once: each must have its own name")
     column = head.index(picture_column) if picture_column in head else len(head)
     _check_one_row(path, number, lines, separator, column, pictures=0)
@@ -95,7 +96,9 @@ def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"it has the key {next(name for name in names if names.count(name) > 1)!r} more than once")
+        raise ValueError(
+            f"it has the key {next(name for name, count in Counter(names).items() if count > 1)!r} more than once"
+        )
     return row
 
 

@@ -16,7 +16,7 @@ from diffmoe.storage.model_files import DataInfo, check_finite, read, save_model
 from diffmoe.storage.run_files import RunFiles
 from diffmoe.training.loop import Progress
 from diffmoe.training.objective import Trainee
-from diffmoe.training.parallel import whole_state
+from diffmoe.training.parallel import together, whole_state
 
 RUN_FORMAT = "diffmoe-run-2"
 
@@ -39,8 +39,9 @@ class Saver:
         state = whole_state(fabric, model)
         place = self.files.replacing() if self.is_first and fabric.is_global_zero else nullcontext(self.files)
         with place as files:
-            if progress.is_best and fabric.is_global_zero:
-                save_model(files.model, model, self.info, state)
+            best = files.model if progress.is_best and fabric.is_global_zero else None
+            # Where the disk is full all end, with the first one's line.
+            together(fabric, lambda: best and save_model(best, model, self.info, state))
             save_run(files.last, self.trainee, progress, self.shared, state)
         self.is_first = False
 
@@ -58,9 +59,7 @@ def save_run(
         "progress": progress.state(),
         "rng": fabric.all_gather(_rng_state(fabric)),
     }
-    if fabric.is_global_zero:
-        write(path, states)
-    fabric.barrier()
+    together(fabric, lambda: write(path, states) if fabric.is_global_zero else None)
 
 
 def load_run(path: Path, trainee: Trainee, shared: Mapping[str, Any]) -> Progress:

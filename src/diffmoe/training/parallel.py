@@ -31,6 +31,7 @@ def make_fabric(run: RunConfig) -> Fabric:
         raise UserError(f"num_devices is {run.num_devices}: this machine has {num_present}")
     precision = run.precision if run.precision != "auto" else best_precision(device)
     fabric = Fabric(accelerator=device.type, devices=run.num_devices, strategy=run.strategy, precision=precision)
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     logging.getLogger(OBSERVER).setLevel(logging.INFO)  # it says so before it ends a run whose process was lost
     fabric.launch()
     return fabric

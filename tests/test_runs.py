@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import signal
 import subprocess
@@ -45,6 +46,7 @@ def process_state() -> list[Any]:
     return [
         *handlers,
         torch.get_rng_state().tolist(),
+        random.getstate(),
         matmul.fp32_precision,
         torch.get_num_threads(),
         torch.is_grad_enabled(),

@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import textwrap
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
@@ -67,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a character gets another one
         sys.stdout.reconfigure(errors="replace")
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"  # of several processes, which all would say the same
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # a picture that will not do is one line
     logging.basicConfig(format="diffmoe: %(message)s", level=logging.WARNING if is_first else logging.ERROR)
     try:
         return dispatch(argv)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -215,10 +216,12 @@ def pictures_folder(settings: Settings) -> Path:
 @contextmanager
 def _clean() -> Iterator[None]:
     """What a run changes for the whole process is put back after it."""
+    state = random.getstate()  # which libraries move, as they are imported
     with torch.random.fork_rng(), tuned():
         try:
             yield
         finally:
+            random.setstate(state)
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
 

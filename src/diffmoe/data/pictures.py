@@ -6,6 +6,7 @@ Shapes: B pictures of a batch, N of a split, C channels (1 grey, 3 colour), H he
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import errno
 import io
@@ -47,6 +48,11 @@ UNREAD_SUFFIXES = tuple(
 # Texts and colour profiles of over 1 MB are not the picture, but PIL gives it up for them. Its limit for all texts of
 # a file, 64 MB, does for each: what unpacks to more is meant to do harm.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+
+# What libtiff thinks of a damaged file it would print beside the one line that refuses it.
+for _library in Path(Image.__file__).parents[1].glob("pillow.libs/libtiff-*"):
+    for _handler in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
+        getattr(ctypes.CDLL(str(_library)), _handler)(None)
 
 _CHUNK_BYTES = 2**21
 """Decoded bytes that a worker hands over at once: shared memory is 64 MB in a default container."""

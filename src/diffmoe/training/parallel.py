@@ -58,7 +58,7 @@ def together(fabric: Fabric, do: Callable[[], Result], first_alone: bool = False
             result = do()
         except UserError as error:
             mistake = error
-    if fabric.world_size > 1:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
         mistakes: list[Any] = [None] * fabric.world_size
         torch.distributed.all_gather_object(mistakes, mistake and str(mistake))
         first = next(filter(None, mistakes), None)

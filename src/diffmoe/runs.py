@@ -137,7 +137,8 @@ def test_run(settings: Settings, tell: Tell = print) -> dict[str, Any]:
     task = check_run(settings, trains=False)
     files.replace_earlier()
     check_writable(files.folder)
-    files.read_metrics(), files.read_history()  # damaged, they would fail after the work
+    files.read_metrics()  # damaged, these would fail after the work
+    files.read_history()
     with _clean():
         loaded = load_model_file(path)
         model, info = loaded.model, loaded.data

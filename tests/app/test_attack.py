@@ -284,7 +284,7 @@ class TestValues:
         assert told.startswith(sentence)
 
     def test_no_folder_beside_the_gallery_is_searched(self, page):
-        for name in ("..", "../secret", "/", "way_out", "0/../../secret", "0/link.png", "missing", "x" * 1000):
+        for name in ("..", "../secret", "/", "way_out", "0/../../secret", "0/link.png", "missing", "x" * 300):
             wanted = f"{name} is no folder of the gallery: only its folders may be searched."
             assert page.ask("retrieve", "a cat", None, name, MODEL, "en") == (False, wanted)
 

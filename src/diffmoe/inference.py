@@ -136,7 +136,7 @@ class Predictor:
         Written as `config` says, or the recipe of the model's dataset, but for the `fields` of `GenerationConfig` that
         are given. `seed` is for decoding 'sample'.
         """
-        config = replace(config or generation_config(self.info.dataset), **fields)
+        config = replace(config or generation_config(self.info.known_as), **fields)
         captions: list[str] = []
         for part in self._batches(pictures):
             captions += self.task.caption(self.model, part, config, seed + len(captions))

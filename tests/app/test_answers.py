@@ -299,7 +299,7 @@ class TestAddress:
             (["--host", "192.0.2.1"], "of 192.0.2.1 cannot be used"),
             (["--checkpoints_dir", "missing"], "missing has no model files"),
             (["--checkpoint", "missing.pth"], "checkpoint missing.pth does not exist"),
-            (["--prt", "1"], "unrecognized arguments: --prt 1"),
+            (["--prt", "1"], "unknown flag --prt (did you mean 'port'?)"),
             (["--lang", "fr"], "invalid choice: 'fr'"),
         ],
     )

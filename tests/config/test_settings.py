@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import re
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
+import yaml
 
-from diffmoe.config import UserError
+from diffmoe.config import GenerationConfig, UserError
 from diffmoe.config.recipes import recipe
-from diffmoe.config.settings import FIELDS, GROUPS, Settings, parse_given, parse_settings
+from diffmoe.config.settings import FIELDS, GROUPS, Settings, as_yaml, parse_field, parse_settings
 
 GROUP_OF = {name: group for group, config in GROUPS.items() for name in get_type_hints(config)}
 
@@ -174,6 +177,8 @@ def test_flat_form_trains_and_tests_unless_told():
 WRONG = {
     "--epoch 3": "unknown flag --epoch (did you mean 'epochs'?)",
     "--top-k 3": "unknown flag --top-k (did you mean 'top_k'?)",
+    "--class_weights 1": "unknown flag --class_weights; --help lists all",  # and no other setting that is named alike
+    "--batch 3": "unknown flag --batch (did you mean 'batch_size'?)",
     "--epo 3": "unknown flag --epo",  # no abbreviations: a new field would change what they mean
     "--mode test": "unknown flag --mode",  # `diffmoe train --mode test`
     "--epochs": "--epochs: expected one argument",
@@ -191,6 +196,20 @@ WRONG = {
     "-lr 3": "unrecognized arguments: -lr 3",
     "--config none.yaml": "none.yaml: No such file",
     "--config": "--config: expected one argument",
+    "--lr=": "lr is '': it must be a number",
+    "--epochs=": "epochs is '': it must be a whole number",
+    "--flip=": "flip is '': it must be true or false",
+    "--device=": "device is '': it must be one of",
+    "--preset=": "preset is '': it must be one of",
+    "--lr !!float": "the value of a flag is not valid YAML",
+    **{
+        f"--{name}=": f"{name} is '': it must be a name or a path"
+        for name in ("dataset", "data_dir", "save_dir", "init")
+    },
+    **{f"--{name}=": f"{name} is '': it must be a name or a path" for name in ("checkpoint", "output_dir")},
+    "--config /dev/zero": "/dev/zero has over 1,000,000 characters",
+    f"--config {'x' * 300}": "is no path: 300 bytes are too long",
+    f"--dataset {'x' * 300}": "is no path: 300 bytes are too long",
 }
 
 
@@ -201,6 +220,9 @@ def test_wrong_flag_is_one_line(line):
     assert WRONG[line] in str(caught.value)
     assert "\n" not in str(caught.value)
 
+
+LAUGHS = "lr: [&a0 [ha]" + "".join(f", &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)) + "]"
+"""A billion and more of them, in one line."""
 
 WRONG_YAML = {
     "learning_rate: 0.1": "unknown key 'learning_rate'",
@@ -217,6 +239,17 @@ WRONG_YAML = {
     "lr:": "lr is ",
     "epochs: 2024-01-01": "epochs is ",  # a date, to YAML
     "epochs: .nan": "epochs is ",
+    "lr: &me [*me]": ": it must be a single value",
+    "data_dir: &me {a: *me}": ": it must be a single value",
+    f"lr: {'[' * 5000}": "is nested too deep",
+    f"{'[' * 5000}": "is nested too deep",
+    LAUGHS: "lr is [",
+    "lr: !!int x": "is not valid YAML",
+    "lr: !!bool x": "is not valid YAML",
+    "lr: 2024-99-99": "is not valid YAML",
+    f"lr: {'9' * 5000}": "is not valid YAML",
+    'save_dir: "\\0"': "is no path: it has a NUL",
+    'save_dir: "\\ud800"': "is no path: it has half of a character",
     "lr: [": "is not valid YAML",
     "- lr": "must be a mapping",
 }
@@ -247,11 +280,55 @@ def test_help_names_every_field_with_its_docstring(capsys):
     assert "Routed experts for each token, K." in text
 
 
-def test_given_fields_are_those_of_the_flags_alone() -> None:
-    assert parse_given("generation", ["--beams", "2", "--decoding=beam"], "p") == {"beams": 2, "decoding": "beam"}
-    assert parse_given("generation", [], "p") == {}
-    with pytest.raises(UserError, match="beams"):
-        parse_given("generation", ["--beams", "0"], "p")
+def test_a_field_alone_is_checked_as_in_its_config() -> None:
+    assert parse_field(GenerationConfig, "beams", "2") == 2
+    assert parse_field(GenerationConfig, "decoding", "greedy") == "greedy"
+    with pytest.raises(UserError, match=r"^beams is 0: it must be at least 1$"):
+        parse_field(GenerationConfig, "beams", "0")
+    with pytest.raises(UserError, match=r"^decoding is 'a.png': it must be one of 'greedy', 'beam', 'sample'$"):
+        parse_field(GenerationConfig, "decoding", "a.png")
+
+
+class TestPrinted:
+    """What `--print_config` prints and a run writes, `--config` reads back as the same settings."""
+
+    def printed(self, capsys: pytest.CaptureFixture[str], *argv: str, mode: str | None = "train") -> str:
+        with pytest.raises(SystemExit) as caught:
+            parse_settings([*argv, "--print_config"], mode=mode)
+        assert caught.value.code == 0
+        return capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        "line",
+        [
+            "",
+            "--dataset cifar10 --preset tiny --lr 1e-5 --flip false",
+            "--dataset shapes --num_classes 7 --save_dir 1e5",
+        ],
+    )
+    def test_is_all_of_it(self, capsys, tmp_path, line):
+        path = tmp_path / "my.yaml"
+        path.write_text(self.printed(capsys, *line.split()))
+        again, first = parse("--config", str(path)), parse(*line.split())
+        assert {group: getattr(again, group) for group in GROUPS} == {group: getattr(first, group) for group in GROUPS}
+        assert set(FIELDS) - again.given == {"resume", "overwrite", *({"num_classes"} - first.given)}
+        path.write_text(as_yaml(first))
+        assert parse("--config", str(path)) == again
+
+    def test_of_the_flat_form_has_its_mode(self, capsys, tmp_path):
+        path = tmp_path / "my.yaml"
+        path.write_text(self.printed(capsys, "--mode", "test", mode=None))
+        assert parse("--config", str(path), mode=None).mode == "test"
+
+    def test_does_not_begin_as_the_run_began(self, capsys):
+        """What is repeated with --resume or --overwrite is the user's to say."""
+        told = yaml.safe_load(self.printed(capsys, "--overwrite"))
+        assert not {"resume", "overwrite"} & told.keys()
+
+    def test_a_name_that_is_no_utf8(self, capsys, tmp_path):
+        path, name = tmp_path / "my.yaml", os.fsdecode(b"caf\xe9 \xe6\x97\xa5")
+        path.write_text(self.printed(capsys, "--data_dir", name), encoding="utf-8")
+        assert parse("--config", str(path)).data.data_dir == name
 
 
 class TestHome:
@@ -270,3 +347,21 @@ class TestHome:
         monkeypatch.setattr("os.path.expanduser", lambda path: path)
         with pytest.raises(UserError, match=r"^~/runs begins with ~, and this user has no home: "):
             parse("--save_dir", "~/runs")
+
+
+NUMBERS = [name for name, field in FIELDS.items() if field.type in ("int", "float")]
+WILD = ["1e308", "-1e308", "1e400", "-1", "-0.5", ".nan", ".inf", "-.inf", str(2**63), str(2**64), str(-(2**63))]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_no_number_is_wild(name):
+    """What is let through is what a run can have; all else is one line that names the field."""
+    largest = {"seed": 2**63 - 1, "split_seed": 2**63 - 1, "lr": 1e30}.get(name, 10_000_000)
+    refused = {}
+    for word in WILD:
+        try:
+            assert 0 <= value(parse(f"--{name}={word}"), name) <= largest
+        except UserError as error:
+            refused[word] = str(error)
+    assert {"1e308", "1e400", ".nan", ".inf"} <= refused.keys()
+    assert all(re.fullmatch(rf"{name} is \S+: it must be .+", message) for message in refused.values())

@@ -15,6 +15,7 @@ from PIL import Image
 
 from diffmoe.config import DataConfig, UserError
 from diffmoe.data import hub, sources
+from diffmoe.data.hub import HubSource
 from diffmoe.data.loading import load_dataset
 from diffmoe.data.pictures import PictureSpec
 from diffmoe.data.sources import check_dataset
@@ -35,6 +36,19 @@ def test_a_user_without_a_home_is_told_so(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("os.path.expanduser", lambda path: path)
     with pytest.raises(UserError, match=r"datasets begins with ~, and this user has no home"):
         check_dataset(CIFAR10)
+
+
+def test_a_folder_that_is_not_there_is_said_before_the_network_is_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no route\nand a long story")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", ask)
+    with pytest.raises(UserError) as caught:
+        check_dataset(DataConfig(dataset="data/pets"))
+    assert str(caught.value) == (
+        "dataset is 'data/pets': there is no such folder, and the hub does not say whether it has such a set "
+        "(no route): it must be a folder that exists, or there must be a network"
+    )
 
 
 def test_a_hub_that_never_answers_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,3 +152,20 @@ def test_what_the_library_has_cached_needs_no_network(tmp_path: Path, caches: Pa
     assert sum(map(len, splits)) == 12
     images = torch.cat([split.images[:] for split in splits]).permute(0, 2, 3, 1).numpy()
     assert sorted(image.tobytes() for image in images) == sorted(picture.tobytes() for picture in pictures)
+
+
+def test_a_column_of_paths_and_splits_that_are_not_read_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = Image.new("L", (8, 8), 7)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+    whole = datasets.Dataset.from_dict({"image": [picture] * 10, "label": ["a", "b"] * 5}, features=features)
+    found = {"train": whole, "unsupervised": whole}
+    monkeypatch.setattr(hub, "load_hub", lambda name: found)
+    source = HubSource("owner/pets")
+    assert source.has_captions is False
+    assert list(source.left_out()) == ["owner/pets on the hub has splits that are not read: unsupervised"]
+    found["train"] = datasets.Dataset.from_dict({"image": ["images/0.png"] * 10, "label": ["a", "b"] * 5})
+    with pytest.raises(
+        UserError, match="owner/pets train has image of type string: it must hold the pictures"
+    ) as caught:
+        _ = HubSource("owner/pets").tables
+    assert "--data_dir" in str(caught.value)

@@ -170,6 +170,7 @@ BAD: dict[str, tuple[Callable[[bytes], bytes], str]] = {
         f"token {id}": (lambda good, id=id: with_weights(good, "class_tokens", id), "class_tokens are not ids under")
         for id in (-1, 20, 10**12)
     },
+    "own that is no truth": (lambda good: with_data(good, own="yes"), "own is 'yes': it must be true or false"),
     "control characters": (lambda good: with_data(good, dataset="\x1b[2J\n\u202epets/"), r"\x1b[2J\n\u202epets"),
     "a key of control characters": (lambda good: with_config(good, **{"\x1b[2J": 1}), r"\x1b[2J"),
 }

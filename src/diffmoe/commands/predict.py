@@ -17,7 +17,7 @@ def main(argv: Sequence[str]) -> int:
     parser = model_parser("predict", "Classify pictures.", images="+")
     parser.add_argument("--top", type=int, default=5, help="classes to show for each picture (default: 5)")
     parser.add_argument("--text", help="what is said of the pictures, to be weighed with them")
-    args = parser.parse_args(argv)
+    args = parser.parse(argv)
     if args.top < 1:
         raise UserError(f"top is {args.top}: it must be at least 1")
     return show(predict(args.images, args.checkpoint, args.top, args.device, args.text), args.json, print_predictions)

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffmoe.commands.parsing import bare_parser, show
+from diffmoe.commands.parsing import Parser, show
 from diffmoe.config import EMBEDDED_DATASETS, HUB_DATASETS, UserError
 from diffmoe.config.settings import Settings, parse_settings
 
@@ -30,7 +30,7 @@ NOTES = (
 
 def main(argv: Sequence[str]) -> int:
     """Profile a model."""
-    parser = bare_parser("profile", "What a model costs, by part: a trained one, or a fresh one of any settings.")
+    parser = Parser("profile", "What a model costs, by part: a trained one, or a fresh one of any settings.")
     parser.epilog = (
         "Also the flags of `diffmoe train`: --checkpoint, --dataset, --data_dir, --preset, --batch_size (of the step "
         "that is taken apart), --seed, --device, --output_dir, and every field of the model."
@@ -72,6 +72,7 @@ def profile(settings: Settings, batch_sizes: Sequence[int], steps: int, trace: b
         check_fits(settings, trained.config, Path(run.checkpoint))
         dataset = settings.data.dataset if "dataset" in settings.given else loaded.data.dataset
         settings = replace(settings, data=replace(settings.data, dataset=dataset), model=trained.config)
+        loaded.data.check_source(settings.data, run.checkpoint)
     folder = pictures_folder(settings) / "profile"
     check_writable(folder)
     check_outside_data(folder, settings.data, "output_dir", "visualizations")

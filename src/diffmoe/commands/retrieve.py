@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
     parser = model_parser("retrieve", "Find pictures by a text, or texts by a picture.")
     parser.add_argument("gallery", type=expanded, help="a folder of pictures, or a dataset")
     parser.add_argument("--text", help="asks for pictures of the gallery")
-    parser.add_argument("--image", type=expanded, help="a picture file; asks for texts")
+    parser.add_argument("--image", help="a picture file; asks for texts")
     parser.add_argument("--sentences", type=expanded, help="file of texts, one a line; default: the gallery's captions")
     parser.add_argument("--data_dir", help="folder that holds the dataset")
     parser.add_argument("--split", default="test", help="split of a dataset (default: test)")
@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--overwrite", action="store_true", help="make the index again where it does not fit")
     parser.add_argument("--top", type=int, default=8, help="how many to find (default: 8)")
     parser.add_argument("--output_dir", default="visualizations", type=expanded, help="for the index and the picture")
-    args = vars(parser.parse_args(argv))
+    args = vars(parser.parse(argv))
     as_json = args.pop("json")
     if args["top"] < 1:
         raise UserError(f"top is {args['top']}: it must be at least 1")
@@ -108,13 +108,13 @@ def retrieve(
 def _open_gallery(used: Predictor, gallery: str, data_dir: str | None, split: str) -> Gallery:
     import torch
 
-    from diffmoe.data.folders import FilePictures, picture_files
+    from diffmoe.data.folders import FilePictures, has_train_folder, picture_files
     from diffmoe.data.loading import load_dataset
     from diffmoe.data.pictures import LazyImages
     from diffmoe.storage.index import gallery_fingerprint
 
     folder = Path(gallery)
-    if data_dir is None and folder.is_dir() and (names := picture_files(folder)) and not (folder / "train").is_dir():
+    if data_dir is None and folder.is_dir() and (names := picture_files(folder)) and not has_train_folder(folder):
         files = FilePictures(folder, names)
         paths = tuple(str(folder / name) for name in names)
         images = LazyImages.of(files, used.picture)

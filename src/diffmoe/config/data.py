@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from diffmoe.config.errors import MAX_SEED, check, check_at_least, check_at_most, check_fraction, expand, expanded
+from diffmoe.config.errors import MAX_SEED, check, check_at_least, check_fraction, check_limits, expand, expanded
 
 EMBEDDED_DATASETS = ("digits", "shapes")
 """Sets that need no download: scikit-learn's digits, and captioned shapes that the program draws."""
@@ -52,11 +52,11 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         expand(self, "dataset", "data_dir")
+        check_limits(self, split_seed=MAX_SEED)
         check_fraction(self, "val_fraction", "test_fraction", "erase")
         check(self.val_fraction > 0, "val_fraction", self.val_fraction, "over 0")
         check(self.test_fraction > 0, "test_fraction", self.test_fraction, "over 0")
         check_at_least(self, 0, "crop_padding", "max_memory_gb", "num_workers", "split_seed")
-        check_at_most(self, MAX_SEED, "split_seed")
 
     @property
     def sets(self) -> tuple[DataConfig, ...]:

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffmoe.config import UserError, dataset_name, expanded
+from diffmoe.config import HUB_DATASETS, UserError, dataset_name, expanded
 from diffmoe.data.labels import LABEL_COLUMN, FileLabels, encode_labels, listed_names
 from diffmoe.data.pictures import LazyImages, PictureSpec
 from diffmoe.data.splits import SPLIT_ALIASES, ClassesAndSplits, Split
-from diffmoe.data.tables import Columns, TablePictures, check_task, content_fingerprint, with_captions
+from diffmoe.data.tables import (
+    Columns,
+    TablePictures,
+    check_caption_types,
+    check_task,
+    content_fingerprint,
+    with_captions,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder
@@ -31,21 +38,39 @@ class HubSource:
     name: str
 
     @cached_property
+    def splits(self) -> dict[str, Dataset]:
+        """All of the set's splits, memory-mapped, as the hub calls them."""
+        return load_hub(self.name)
+
+    @cached_property
     def tables(self) -> dict[str, Dataset]:
-        """The set's splits, memory-mapped."""
-        hub = load_hub(self.name)
+        """The splits that are read. Raises `UserError` where one will not do."""
+        import pyarrow.types as types
+
+        hub = self.splits
         found = {split: [hub[alias] for alias in aliases if alias in hub] for split, aliases in SPLIT_ALIASES.items()}
         tables = {split: candidates[0] for split, candidates in found.items() if candidates}
         if "train" not in tables:
             raise UserError(f"{self.name} on the hub has the splits {', '.join(hub)}: one must be named train")
-        check_task(
-            {split: Columns.of(table.column_names, f"{self.name} {split}") for split, table in tables.items()},
-            {split: f"{self.name} {split}" for split in tables},
-        )
+        columns = {split: Columns.of(table.column_names, f"{self.name} {split}") for split, table in tables.items()}
+        check_task(columns, {split: f"{self.name} {split}" for split in tables})
+        for split, found in columns.items():
+            schema = tables[split].features.arrow_schema
+            check_caption_types(schema, found.captions, f"{self.name} {split}")
+            if not types.is_struct(kind := schema.field(found.picture).type) and not types.is_binary(kind):
+                raise UserError(
+                    f"{self.name} {split} has {found.picture} of type {kind}: it must hold the pictures themselves; "
+                    f"download the set with its files, and read it with --data_dir DIR"
+                )
         return tables
 
     def __len__(self) -> int:
         return sum(map(len, self.tables.values()))
+
+    def left_out(self) -> Iterator[str]:
+        """The splits that are not read, in a line."""
+        if others := sorted(set(self.splits).difference(*SPLIT_ALIASES.values())):
+            yield f"{self.name} on the hub has splits that are not read: {', '.join(others)}"
 
     def fingerprint(self) -> str:
         """Changes with the content of the library's files."""
@@ -97,7 +122,12 @@ def check_hub(name: str) -> None:
             "it must be a folder, or a hub name such as owner/name"
         ) from error
     except Exception as error:  # the library lets those of its HTTP client through
-        raise _unreachable(name, error) from error
+        if name in HUB_DATASETS.values():
+            raise _unreachable(name, error) from error
+        raise UserError(
+            f"dataset is {name!r}: there is no such folder, and the hub does not say whether it has such a set "
+            f"({_reason(error)}): it must be a folder that exists, or there must be a network"
+        ) from error
 
 
 def in_time(ask: Callable[[], object]) -> None:
@@ -183,8 +213,11 @@ def is_cached(name: str) -> bool:
 
 
 def _unreachable(name: str, error: Exception) -> UserError:
-    reason = (str(error).splitlines() or [""])[0] or type(error).__name__
     return UserError(
-        f"cannot get {name} from the hub ({reason}): there must be a network, "
+        f"cannot get {name} from the hub ({_reason(error)}): there must be a network, "
         f"or --data_dir DIR with DIR/{dataset_name(name)}/train-*.parquet"
     )
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0] or type(error).__name__

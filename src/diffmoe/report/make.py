@@ -71,9 +71,11 @@ def make_report(
     name = dataset or used.info.dataset
     if dataset_name(name) != used.info.dataset:
         raise UserError(f"dataset is {name!r}: the model in {checkpoint} was trained on {used.info.dataset!r}")
-    check_outside_data(folder, DataConfig(dataset=name, data_dir=data_dir), "output_dir", "visualizations")
+    data = DataConfig(dataset=name, data_dir=data_dir)
+    used.info.check_source(data, checkpoint)
+    check_outside_data(folder, data, "output_dir", "visualizations")
     run = RunFiles.beside(checkpoint)
-    subject, all_pictures = _open_subject(used, DataConfig(dataset=name, data_dir=data_dir), split, run, show)
+    subject, all_pictures = _open_subject(used, data, split, run, show)
     saved: list[Path] = []
     with speaking(lang):
         title = say("What the experts do: {dataset}", dataset=used.info.dataset)
@@ -108,10 +110,10 @@ def _sections(subject: Subject, folder: Path, saved: list[Path]) -> Iterator[Sec
     for name in bar:
         bar.set_postfix_str(name)
         section: Section = getattr(sections, name)(subject)
-        for number, figure in enumerate(section.figures, 1):
-            suffix = f"_{number}" if len(section.figures) > 1 else ""
+        for number, draw in enumerate(section.drawings, 1):
+            suffix = f"_{number}" if len(section.drawings) > 1 else ""
             path = folder / f"{name}{suffix}.{subject.show.figure_format}"
-            saved.append(figures.save(figure, path, dpi=subject.show.dpi))
+            saved.append(figures.save(draw(), path, dpi=subject.show.dpi))
         yield section
 
 

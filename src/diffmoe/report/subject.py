@@ -135,7 +135,7 @@ class Subject:
     @property
     def generation(self) -> GenerationConfig:
         """How captions are written: as the dataset's recipe says."""
-        return generation_config(self.predictor.info.dataset)
+        return generation_config(self.predictor.info.known_as)
 
     @cached_property
     def written(self) -> Tensor:

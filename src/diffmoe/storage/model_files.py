@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
+import os
 import pickle
 import reprlib
 import struct
@@ -48,12 +49,31 @@ class DataInfo:
     test_fraction: float
     split_seed: int
     """How the set was split, so that testing never meets what training saw."""
+    own: bool = False
+    """Whether it is a set of the user's that is called as one that the program brings."""
 
     @classmethod
     def of(cls, data: Dataset, config: DataConfig) -> DataInfo:
         """Of a set that was loaded with `config`."""
         splits = {name: getattr(config, name) for name in SPLITTING}
-        return cls(data.name, data.class_names, data.picture.mean, data.picture.std, **splits)
+        own = data.known_as != data.name
+        return cls(data.name, data.class_names, data.picture.mean, data.picture.std, **splits, own=own)
+
+    @property
+    def known_as(self) -> str:
+        """The name, where what the program knows of a set so called holds for this one; else empty."""
+        return "" if self.own else self.dataset
+
+    def check_source(self, config: DataConfig, path: str | Path) -> None:
+        """Raises `UserError` where `config` leads to another set than the one that the model in `path` was trained on.
+
+        By name alone it would be the one that the program brings.
+        """
+        if self.own and config.built_in:
+            raise UserError(
+                f"{path} was trained on a set of your own called {self.dataset}, not on the one that the program "
+                f"brings: say where yours is, with --data_dir DIR or --dataset DIR/{self.dataset}"
+            )
 
     def split_as_trained(self, config: DataConfig) -> DataConfig:
         """The same data, split as it was for training."""
@@ -106,7 +126,7 @@ def read(path: str | Path, kind: str) -> dict[str, Any]:
     `kind` is the format expected: `MODEL_FORMAT` for a model file.
     """
     path = Path(expanded(str(path)))
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path's own raises on a name that is too long
         raise UserError(f"checkpoint {path} does not exist")
     # Only torch's zip files are ours: nothing else is unpickled at all, not even warily.
     if not zipfile.is_zipfile(path):
@@ -169,6 +189,7 @@ def _check_values(path: str | Path, model: Head, data: DataInfo) -> None:
         good = fits and all(isinstance(value, int | float) and allowed(value) for value in values)
         right = f"{config.in_channels} finite numbers {'from 0 on' if name == 'mean' else 'over 0'}"
         check(good, f"{name} is {reprlib.repr(values)}: it must be {right}")
+    check(isinstance(data.own, bool), f"own is {reprlib.repr(data.own)}: it must be true or false")
     is_name = isinstance(data.dataset, str) and data.dataset == dataset_name(data.dataset)
     check(is_name, f"dataset is {reprlib.repr(data.dataset)}: it must be a name")
     are_texts = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)

@@ -1,7 +1,7 @@
 """What a training run leaves on disk, and how the next one goes on from there.
 
 `<save_dir>/<dataset>_model.pth` is the best model; `<save_dir>/<dataset>/` holds `last.ckpt` (all that an exact resume
-needs), `metrics.json`, `history.csv` and TensorBoard's events.
+needs), `config.yaml` (the settings), `metrics.json`, `history.csv` and TensorBoard's events.
 
 A run's first model and `last.ckpt` are staged, and take the place of an earlier run's together (`RunFiles.replacing`):
 whenever a run dies, there is a whole earlier one or a whole new one. What is told of an epoch is written after them.
@@ -34,6 +34,7 @@ class RunFiles:
         self.model = Path(save_dir) / f"{name}_model.pth"
         self.folder = Path(save_dir) / name
         self.last = self.folder / "last.ckpt"
+        self.config = self.folder / "config.yaml"
         self.metrics = self.folder / "metrics.json"
         self.history = self.folder / "history.csv"
 
@@ -48,17 +49,17 @@ class RunFiles:
 
         Raises `UserError`.
         """
+        check_writable(self.model.parent, self.model.name)
+        check_writable(self.folder)
+        for path in (self.model, self.last, self.metrics, self.history):
+            if path.is_dir():
+                raise UserError(f"{path} is a folder: training writes a file there; give another --save_dir")
         self.replace_earlier()
         if run.resume and not self.last.is_file():
             raise UserError(f"resume: there is no {self.last} to go on from")
         if not (run.resume or run.overwrite):
             for path in self._written():
                 raise UserError(f"{path} is an earlier run's: give --resume, --overwrite or another --save_dir")
-        for path in self._written():
-            if path.is_dir():
-                raise UserError(f"{path} is a folder: training writes a file there; give another --save_dir")
-        check_writable(self.model.parent)
-        check_writable(self.folder)
 
     @contextmanager
     def replacing(self) -> Iterator[RunFiles]:
@@ -87,12 +88,16 @@ class RunFiles:
         try:
             for path in (self.metrics, self.history, *self._events()):
                 path.unlink(missing_ok=True)
-            for new, old in ((staged.model, self.model), (staged.last, self.last)):
+            for new, old in zip(staged._first(), self._first(), strict=True):
                 with suppress(FileNotFoundError):  # moved by the one who was killed
                     new.replace(old)
         except OSError as error:
             raise UserError(f"{self.folder} cannot be written: {error.strerror or error}") from error
         shutil.rmtree(self.folder / STAGING, ignore_errors=True)
+
+    def _first(self) -> tuple[Path, ...]:
+        """What is staged, in the order in which it is moved."""
+        return self.model, self.config, self.last
 
     def _staged(self) -> RunFiles:
         return RunFiles(self.folder.name, str(self.folder / STAGING))
@@ -101,7 +106,11 @@ class RunFiles:
         return sorted(self.folder.glob("events.out.tfevents.*"))
 
     def _written(self) -> list[Path]:
-        return [p for p in (self.model, self.last, self.metrics, self.history, *self._events()) if p.exists()]
+        return [p for p in (*self._first(), self.metrics, self.history, *self._events()) if p.exists()]
+
+    def write_config(self, text: str) -> None:
+        """What `--config` reads to repeat the run."""
+        write_atomically(self.config, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
 
     def update_metrics(self, values: Mapping[str, Any]) -> None:
         """Merge into `metrics.json`, keeping what else is there."""
@@ -116,7 +125,7 @@ class RunFiles:
             return {}
         try:
             found = json.loads(self.metrics.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{self.metrics} is not valid JSON: mend or remove it") from error
         if not isinstance(found, dict):
             raise UserError(f"{self.metrics} is not a JSON object: mend or remove it")
@@ -136,8 +145,11 @@ class RunFiles:
         write_atomically(self.history, write)
 
     def read_history(self) -> list[Metrics]:
-        """The rows of `history.csv`; empty where there is none."""
+        """The rows of `history.csv`; empty where there is none. Raises `UserError` where it is damaged."""
         if not self.history.exists():
             return []
-        with self.history.open(newline="", encoding="utf-8") as file:
-            return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        try:
+            with self.history.open(newline="", encoding="utf-8") as file:
+                return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        except (OSError, TypeError, ValueError, csv.Error) as error:
+            raise UserError(f"{self.history} is not a table of numbers: mend or remove it") from error

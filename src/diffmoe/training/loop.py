@@ -17,14 +17,17 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from tqdm import tqdm
 
 from diffmoe.config import UserError
 from diffmoe.data.batches import PictureBatches
 from diffmoe.storage.run_files import Metrics
+from diffmoe.training.display import Display, as_clock, as_figure
 from diffmoe.training.objective import Sums, Trainee, means
 from diffmoe.training.optimizer import learning_rate
 from diffmoe.training.parallel import any_of, total
+
+LONG_STEP = 5.0
+"""Seconds of which what a first step alone needs is a small part."""
 
 
 @dataclass
@@ -95,7 +98,9 @@ class Hooks:
     tell: Callable[[Progress], None]
     """After an epoch is saved: write the history."""
     estimate: Callable[[float], None]
-    """Once, early on: the whole training's expected seconds."""
+    """Once, after a step or two: the seconds that the rest of training is going to take."""
+    say: Callable[[str], object]
+    """Where there is no terminal for a bar: a line now and then, of the first rank alone."""
 
 
 def fit(trainee: Trainee, train: PictureBatches[Any], hooks: Hooks, progress: Progress) -> Progress:
@@ -114,13 +119,14 @@ def fit(trainee: Trainee, train: PictureBatches[Any], hooks: Hooks, progress: Pr
     fabric, config = trainee.fabric, trainee.config
     steps_per_epoch = math.ceil(len(train) / config.accumulation_steps)
     total_steps = config.epochs * steps_per_epoch
-    estimate_at = progress.step + 20
+    display = Display(hooks.say, silent=not fabric.is_global_zero)
+    clock = _Clock(fabric, progress)
     with _signals() as received:
         while progress.epoch < config.epochs and not 0 < config.patience <= progress.epochs_since_best:
             trainee.objective.train()
             batches = iter(train.epoch(progress.epoch, start=progress.window * config.accumulation_steps))
-            with _bar(fabric, progress, config.epochs, steps_per_epoch) as bar:
-                began = time.perf_counter() - progress.seconds  # validation does not count
+            with display.epoch(f"epoch {progress.epoch + 1}/{config.epochs}", steps_per_epoch, progress.window):
+                clock.start()
                 while window := list(itertools.islice(batches, config.accumulation_steps)):
                     rate = learning_rate(progress.step, total_steps, config)
                     try:
@@ -128,17 +134,15 @@ def fit(trainee: Trainee, train: PictureBatches[Any], hooks: Hooks, progress: Pr
                     except FloatingPointError as error:  # the router met what is not a number
                         raise _diverged(math.nan, progress.step) from error
                     progress.add(sums, fabric.world_size)
-                    progress.seconds = time.perf_counter() - began
-                    _show(fabric, bar, progress, total_steps)
-                    if progress.step == estimate_at:
-                        hooks.estimate(progress.seconds / progress.step * total_steps)
+                    clock.read()
+                    if (step_seconds := clock.step_seconds()) is not None:
+                        hooks.estimate(step_seconds * (total_steps - progress.step))
+                    display.step(lambda: _standing(fabric, progress, total_steps))
                     if _told_to_stop(fabric, received, progress):
                         _finite_means(fabric, progress)
                         hooks.save(progress)
                         raise StopRequested(received)
-                if fabric.device.type == "cuda":
-                    torch.cuda.synchronize(fabric.device)  # it may still be at work on what it was told
-                progress.seconds = time.perf_counter() - began
+                clock.read(wait=True)
             averages = _finite_means(fabric, progress)
             # From the first rank: all must agree on what is best, and on when to stop.
             validation = fabric.broadcast(hooks.validate())
@@ -150,6 +154,37 @@ def fit(trainee: Trainee, train: PictureBatches[Any], hooks: Hooks, progress: Pr
             if _told_to_stop(fabric, received, progress):
                 raise StopRequested(received)
     return progress
+
+
+class _Clock:
+    """Adds the time that training takes to `progress`, validation apart; tells early on what a step takes."""
+
+    def __init__(self, fabric: Fabric, progress: Progress) -> None:
+        self.device, self.progress = fabric.device, progress
+        self.first: list[float] = []
+        """The seconds of the first steps, until they tell enough."""
+        self.has_told = False
+
+    def start(self) -> None:
+        """An epoch's first step begins."""
+        self.last = time.perf_counter()
+
+    def read(self, wait: bool = False) -> None:
+        """A step is done. `wait` for a GPU, which would still be at work on what it was told: once an epoch."""
+        if wait and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.progress.seconds += now - self.last
+        if not (wait or self.has_told):
+            self.first.append(now - self.last)
+        self.last = now
+
+    def step_seconds(self) -> float | None:
+        """Once, when it is known: the shorter of two, as the first one warms up, which a long one makes up for."""
+        if self.has_told or (len(self.first) < 2 and self.first[0] < LONG_STEP):
+            return None
+        self.has_told = True
+        return min(self.first)
 
 
 def _finish_epoch(progress: Progress, rates: list[float], averages: Metrics, validation: Metrics) -> None:
@@ -191,28 +226,14 @@ def _diverged(loss: float, step: int) -> UserError:
     return UserError(f"the loss is {loss} at step {step}: lower --lr or raise --warmup_fraction")
 
 
-def _bar(fabric: Fabric, progress: Progress, epochs: int, steps: int) -> tqdm[Any]:
-    return tqdm(
-        desc=f"epoch {progress.epoch + 1}/{epochs}",
-        total=steps,
-        initial=progress.window,
-        unit="step",
-        leave=False,
-        bar_format="{desc} {percentage:3.0f}%|{bar:20}| {postfix}",
-        disable=None if fabric.is_global_zero else True,  # None: shown on a terminal only
-    )
-
-
-def _show(fabric: Fabric, bar: tqdm[Any], progress: Progress, total_steps: int) -> None:
-    """Move the bar; its numbers wait for the device, so they are read only when it is redrawn."""
-    if not bar.update() or bar.disable:
-        return
+def _standing(fabric: Fabric, progress: Progress, total_steps: int) -> str:
+    """Loss, accuracy, rate and the time that is left."""
     averages = means(progress.sums)
     if fabric.world_size == 1 and not math.isfinite(averages["loss"]):
         raise _diverged(averages["loss"], progress.step)
-    left = time.strftime("%H:%M:%S", time.gmtime(progress.seconds / progress.step * (total_steps - progress.step)))
+    left = as_clock(progress.seconds / progress.step * (total_steps - progress.step))
     told = f"loss {averages['loss']:.3f}  accuracy {averages['accuracy']:.1%}"
-    bar.set_postfix_str(f"{told}  {progress.pictures / progress.seconds:,.0f} images/s  {left} left", refresh=False)
+    return f"{told}  {as_figure(progress.pictures / progress.seconds)} images/s  {left} left"
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from diffmoe.storage.model_files import DataInfo, check_finite, read, save_model
 from diffmoe.storage.run_files import RunFiles
 from diffmoe.training.loop import Progress
 from diffmoe.training.objective import Trainee
-from diffmoe.training.parallel import whole_state
+from diffmoe.training.parallel import together, whole_state
 
 RUN_FORMAT = "diffmoe-run-2"
 
@@ -30,6 +31,8 @@ class Saver:
     info: DataInfo
     shared: Mapping[str, Any]
     """What a resumed run must have in common with this one, by name: settings, precision, the data."""
+    config: str
+    """The content of `config.yaml`."""
     is_first: bool
     """Nothing of this run is saved yet; its first files replace those of an earlier run."""
 
@@ -39,8 +42,11 @@ class Saver:
         state = whole_state(fabric, model)
         place = self.files.replacing() if self.is_first and fabric.is_global_zero else nullcontext(self.files)
         with place as files:
-            if progress.is_best and fabric.is_global_zero:
-                save_model(files.model, model, self.info, state)
+            best = files.model if progress.is_best and fabric.is_global_zero else None
+            # Where the disk is full all end, with the first one's line.
+            together(fabric, lambda: best and save_model(best, model, self.info, state))
+            if self.is_first and fabric.is_global_zero:
+                files.write_config(self.config)
             save_run(files.last, self.trainee, progress, self.shared, state)
         self.is_first = False
 
@@ -57,10 +63,9 @@ def save_run(
         "optimizer": trainee.optimizer.state_dict(),
         "progress": dict(vars(progress)),
         "rng": fabric.all_gather(_rng_state(fabric)),
+        "threads": torch.get_num_threads(),
     }
-    if fabric.is_global_zero:
-        write(path, states)
-    fabric.barrier()
+    together(fabric, lambda: write(path, states) if fabric.is_global_zero else None)
 
 
 def load_run(path: Path, trainee: Trainee, shared: Mapping[str, Any]) -> Progress:
@@ -94,6 +99,8 @@ def _put_back(path: Path, states: dict[str, Any], trainee: Trainee, shared: Mapp
     if len(rng) != fabric.world_size:
         raise UserError(f"resume: {path} was written by {len(rng)} devices, not {fabric.world_size}")
     _set_rng_state(fabric, rng[fabric.global_rank])
+    if "OMP_NUM_THREADS" not in os.environ:  # the last bit of a sum depends on how many made it
+        torch.set_num_threads(states.get("threads", torch.get_num_threads()))
     return Progress.of(states["progress"])
 
 

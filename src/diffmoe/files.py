@@ -95,12 +95,12 @@ def check_outside_data(folder: Path, data: DataConfig, flag: str, default: str) 
 
     Links are followed. `flag` is the one that leads there, and `default` a name for what would be right.
     """
-    place = _data_folder(data)
-    if place is not None and folder.resolve().is_relative_to(place.resolve()):
-        raise UserError(
-            f"{flag} leads to {folder}, in {place}, the folder of the data: what is written there would be read as "
-            f"data; give another, such as --{flag} {place.resolve()}_{default}"
-        )
+    for place in map(_data_folder, data.sets):
+        if place is not None and folder.resolve().is_relative_to(place.resolve()):
+            raise UserError(
+                f"{flag} leads to {folder}, in {place}, the folder of the data: what is written there would be read as "
+                f"data; give another, such as --{flag} {place.resolve()}_{default}"
+            )
 
 
 def _data_folder(data: DataConfig) -> Path | None:

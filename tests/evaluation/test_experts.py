@@ -22,7 +22,8 @@ from diffmoe.evaluation.experts import (
     trace_experts,
 )
 from diffmoe.evaluation.passes import run_over
-from diffmoe.model.routers import AttentiveRouter, Routing
+from diffmoe.model.routers import AttentiveRouter
+from diffmoe.model.routing import Routing
 
 
 def at(trace: Iterable[BlockRouting], place: str) -> list[BlockRouting]:

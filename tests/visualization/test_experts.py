@@ -245,6 +245,17 @@ class TestPatches:
                 expected = routing_picture(images[row], shown[column][row : row + 1])
                 assert np.array_equal(strip[:, 128 + 128 * column : 256 + 128 * column], expected)
 
+    def test_where_there_is_no_expert_there_is_no_colour(self):
+        alone = block(num=1)
+        alone.expert_ids[0, 0], alone.gates[0, 0] = -1, 0.0  # the first patch has none,
+        alone.expert_ids[0, 1, 1:], alone.gates[0, 1, 1:] = -1, 0.0  # the second one expert only
+        drawn = routing_picture(picture(16), alone).astype(int)
+        side = len(drawn) // 4
+        first, second = drawn[:side, :side], drawn[:side, side : 2 * side]
+        assert np.ptp(first, -1).max() <= 1  # grey
+        colors = np.unique(second.reshape(-1, 3), axis=0)
+        assert {nearest_expert(color) for color in colors} == {int(alone.expert_ids[0, 1, 0])}
+
     def test_surroundings_are_cut_where_the_patch_is(self):
         image = picture(16, 3)
         inner = surroundings(image, 5, 4)  # row 1, column 1

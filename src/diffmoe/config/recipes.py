@@ -60,10 +60,12 @@ def recipe(dataset: str, preset: str | None = None) -> dict[str, Any]:
     """The fields that differ from the defaults for a dataset and a preset (None: the dataset's own).
 
     A recipe file holds the dataset's fields, `preset`, and under `presets` what goes with one preset there
-    (its epochs, its learning rate). Unknown sets use `configs/folder.yaml`.
+    (its epochs, its learning rate). Several sets at once use `configs/several.yaml`, unknown ones
+    `configs/folder.yaml`.
     """
-    path = config_dir() / f"{dataset_name(dataset)}.yaml"
-    fields = read_yaml(path if dataset in (*EMBEDDED_DATASETS, *HUB_DATASETS) else config_dir() / "folder.yaml")
+    unknown = "several" if "+" in dataset_name(dataset) else "folder"
+    name = dataset_name(dataset) if dataset in (*EMBEDDED_DATASETS, *HUB_DATASETS) else unknown
+    fields = read_yaml(config_dir() / f"{name}.yaml")
     by_preset = fields.pop("presets", {})
     default_preset = fields.pop("preset", "base")
     name = default_preset if preset is None else preset

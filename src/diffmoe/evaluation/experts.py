@@ -16,7 +16,7 @@ from torch import Tensor
 from diffmoe.evaluation.passes import Autocast, run_over
 from diffmoe.model.heads import Head
 from diffmoe.model.outputs import Output
-from diffmoe.model.routers import Routing
+from diffmoe.model.routing import Routing
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class BlockRouting:
     """The block's number there, from 0."""
     num_experts: int
     expert_ids: Tensor
-    """(N, T, K) int16, best first; -1 at padding."""
+    """(N, T, K) int16, best first; -1, no expert, at padding and where the router gave a token fewer than K."""
     gates: Tensor
-    """(N, T, K) float32, the weights of the chosen experts; 0 at padding."""
+    """(N, T, K) float32, the weights of the chosen experts; 0 where there is none."""
     confidence: Tensor
     """(N, T) float32, the largest router probability, 1/E to 1; nan at padding."""
     entropy: Tensor
@@ -42,10 +42,9 @@ class BlockRouting:
         """Of a `Routing` over (N, T) tokens, on any device."""
         num_experts = routing.probs.shape[-1]
         confidence, entropy = routing.probs.amax(-1), torch.special.entr(routing.probs).sum(-1)
-        expert_ids = routing.expert_ids
+        expert_ids = routing.expert_ids.masked_fill(routing.expert_ids == num_experts, -1)
         if routing.mask is not None:
             confidence, entropy = (x.masked_fill(~routing.mask, math.nan) for x in (confidence, entropy))
-            expert_ids = expert_ids.masked_fill(~routing.mask[..., None], -1)
         tensors = (expert_ids.short(), routing.gates.float(), confidence.float(), entropy.float())
         return cls(routing.place, routing.layer, num_experts, *(x.detach().cpu() for x in tensors))
 
@@ -57,7 +56,7 @@ class BlockRouting:
     @property
     def real(self) -> Tensor:
         """(N, T) bool, False at padding."""
-        return self.expert_ids[..., 0] >= 0
+        return ~self.confidence.isnan()
 
     def __getitem__(self, rows: slice | Tensor) -> BlockRouting:
         """The routing of some of the N: a slice, int64 (M,) or bool (N,)."""
@@ -119,7 +118,7 @@ def _join(parts: Sequence[BlockRouting]) -> BlockRouting:
 
 def tokens_per_expert(block: BlockRouting) -> Tensor:
     """(E,) int64, routed slots that each expert received; padding is not counted."""
-    return torch.bincount(block.expert_ids[block.real].flatten(), minlength=block.num_experts)
+    return torch.bincount(block.expert_ids[block.expert_ids >= 0], minlength=block.num_experts)
 
 
 def imbalance(counts: Tensor) -> dict[str, float]:
@@ -158,7 +157,7 @@ def class_expert_counts(block: BlockRouting, labels: Tensor, num_classes: int) -
     if len(labels) != len(block.expert_ids):
         raise ValueError(f"{len(labels)} labels for {len(block.expert_ids)} pictures")
     cell = labels[:, None, None] * block.num_experts + block.expert_ids
-    counts = torch.bincount(cell[block.real].flatten(), minlength=num_classes * block.num_experts)
+    counts = torch.bincount(cell[block.expert_ids >= 0], minlength=num_classes * block.num_experts)
     return counts.view(num_classes, block.num_experts)
 
 
@@ -183,9 +182,10 @@ def mutual_information(counts: Tensor) -> tuple[float, float]:
 
 def coactivation(block: BlockRouting) -> Tensor:
     """(E, E) int64, tokens that were sent to both experts; on the diagonal, to that expert. With K = 1 only that."""
-    chosen = torch.zeros(int(block.real.sum()), block.num_experts, dtype=torch.float64)  # float32 counts to 2^24 only
-    chosen.scatter_(1, block.expert_ids[block.real].long(), 1)
-    return (chosen.T @ chosen).long()
+    ids = block.expert_ids[block.real].long()
+    chosen = torch.zeros(len(ids), block.num_experts + 1, dtype=torch.float64)  # float32 counts to 2^24 only
+    chosen.scatter_(1, ids % (block.num_experts + 1), 1)  # no expert, -1, is the last
+    return (chosen.T @ chosen).long()[:-1, :-1]
 
 
 def favourites(block: BlockRouting, expert: int, count: int) -> Tensor:

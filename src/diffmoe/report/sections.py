@@ -154,8 +154,13 @@ def specialization(subject: Subject) -> Section:
     """What an expert tells of the class."""
     labels, names = subject.predictions.labels, subject.class_names
     counts = torch.stack([class_expert_counts(block, labels, len(names)) for block in subject.image_blocks])
-    title = say("Experts and classes")
-    return Section(title, [partial(experts.specialization, counts, names)], how_to_read(experts.specialization))
+    drawn = [partial(experts.specialization, counts, names)]
+    if "+" in subject.predictor.info.dataset:  # several sets, named before their classes
+        sets = [name.partition(": ")[0] for name in names]
+        of_set = [torch.tensor([found == name for found in sets]) for name in dict.fromkeys(sets)]
+        by_set = torch.stack([counts[:, rows].sum(1) for rows in of_set], 1)
+        drawn.append(partial(experts.specialization, by_set, tuple(dict.fromkeys(sets))))
+    return Section(say("Experts and classes"), drawn, how_to_read(experts.specialization))
 
 
 def coactivation(subject: Subject) -> Section:

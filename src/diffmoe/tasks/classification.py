@@ -14,11 +14,11 @@ from diffmoe.config import GenerationConfig, ModelConfig, UserError
 from diffmoe.config.settings import Settings
 from diffmoe.data.batches import Batches, PictureBatches
 from diffmoe.data.descriptions import class_descriptions
-from diffmoe.data.loading import Dataset
+from diffmoe.data.loading import Dataset, Part
 from diffmoe.data.pictures import PictureSpec
 from diffmoe.data.splits import Split
 from diffmoe.data.text import tokenize
-from diffmoe.evaluation.classification import classification_metrics, pick_examples, predict
+from diffmoe.evaluation.classification import Predictions, classification_metrics, pick_examples, predict
 from diffmoe.evaluation.passes import Autocast, Scores, run_over
 from diffmoe.model.heads import ImageClassifier
 from diffmoe.model.outputs import TextFeatures
@@ -44,13 +44,17 @@ class Classification(Task):
         if "num_classes" in settings.given and settings.model.num_classes != found:
             raise UserError(f"num_classes is {settings.model.num_classes}: {data.name} has {found} classes")
         config = dataclasses.replace(settings.model, num_classes=found)
-        return ImageClassifier(config, *class_tokens(data.known_as, data.class_names, config.max_text_len))
+        parts = data.parts or (Part(data.name, data.known_as, data.class_names),)
+        sentences = [of_class for part in parts for of_class in class_descriptions(part.known_as, part.class_names)]
+        return ImageClassifier(config, *class_tokens(sentences, config.max_text_len))
 
     def made_up(self, settings: Settings) -> ImageClassifier:
         """Its class descriptions are templates of made-up names."""
         config = settings.model
         names = [f"class {number}" for number in range(config.num_classes)]
-        return ImageClassifier(config, *class_tokens(settings.data.dataset, names, config.max_text_len))
+        return ImageClassifier(
+            config, *class_tokens(class_descriptions(settings.data.dataset, names), config.max_text_len)
+        )
 
     def noise(self, model: Any, batch_size: int) -> Sequence[Tensor]:
         config = model.config
@@ -88,7 +92,8 @@ class Classification(Task):
             ),
         }
         named = {name if name == "zero_shot_accuracy" else f"test_{name}": value for name, value in found.items()}
-        return Tested({**named, "class_names": list(names)}, drawn)
+        by_set = _by_set(data, predictions)
+        return Tested({**named, **by_set, "class_names": list(names)}, drawn)
 
     def report_lines(self, metrics: Mapping[str, Any], data: Dataset) -> list[str]:
         shown = {
@@ -99,6 +104,7 @@ class Classification(Task):
         }
         if len(data.class_names) <= 5:
             del shown["test_top5_accuracy"]  # it is always 100%
+        shown |= {f"test_accuracy_{part.name}": f"accuracy on {part.name}" for part in data.parts}
         lines = [f"  {label:36}{metrics[name]:7.2%}" for name, label in shown.items() if name in metrics]
         width = max(len(name) for name in data.class_names)
         lines.append(f"  {'class':{width}}  precision  recall")
@@ -145,9 +151,20 @@ class Classification(Task):
         return torch.tensor(first[:: -(-len(first) // count)][:count])
 
 
-def class_tokens(dataset: str, class_names: Sequence[str], max_len: int) -> tuple[Tensor, Tensor]:
-    """The classes' descriptions as (C, S, T) tokens and mask."""
-    sentences = class_descriptions(dataset, class_names)
-    tokens, mask = tokenize([sentence for of_class in sentences for sentence in of_class], max_len)
-    shape = (len(sentences), len(sentences[0]))
+def _by_set(data: Dataset, predictions: Predictions) -> dict[str, float]:
+    """`test_accuracy_<set>` of each of several sets, whose pictures are told from those of all."""
+    found, start = {}, 0
+    for part in data.parts:
+        own = (predictions.labels >= start) & (predictions.labels < start + len(part.class_names))
+        right = predictions.probabilities[own].argmax(1) == predictions.labels[own]
+        found[f"test_accuracy_{part.name}"] = right.float().mean().item()
+        start += len(part.class_names)
+    return found
+
+
+def class_tokens(sentences: Sequence[Sequence[str]], max_len: int) -> tuple[Tensor, Tensor]:
+    """The classes' descriptions as (C, S, T) tokens and mask; of each class as many as all have."""
+    count = min(map(len, sentences))
+    tokens, mask = tokenize([sentence for of_class in sentences for sentence in of_class[:count]], max_len)
+    shape = (len(sentences), count)
     return tokens.unflatten(0, shape), mask.unflatten(0, shape)

@@ -82,6 +82,8 @@ def _show_routing(axes: Axes, image: Tensor, block: BlockRouting, numbered: bool
     if numbered:
         ids_RQK, _ = on_grid(image, block)
         for (row, column), expert in np.ndenumerate(ids_RQK[..., 0]):
+            if expert < 0:
+                continue
             color = expert_color(expert)
             box = {"boxstyle": "square,pad=0.1", "facecolor": color, "edgecolor": "none"}
             place = ((column + 0.09) * patch, (row + 0.12) * patch)

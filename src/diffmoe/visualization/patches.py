@@ -61,11 +61,13 @@ def routing_picture(image: Tensor, block: BlockRouting) -> NDArray[np.uint8]:
     side = patch * scale
     chosen = enlarge(ids_RQK[..., 0], side)
     if block.top_k > 1:
-        part_RQ = np.maximum(gates_RQK[..., 1] / gates_RQK[..., :2].sum(-1), LEAST_CORNER)
+        both_RQ = np.maximum(gates_RQK[..., :2].sum(-1), np.finfo(np.float32).tiny)  # a token may have no expert
+        part_RQ = np.maximum(gates_RQK[..., 1] / both_RQ, LEAST_CORNER) * (ids_RQK[..., 1] >= 0)
         from_corner = side - 0.5 - np.arange(side)
         is_second = np.add.outer(from_corner, from_corner) < side * np.sqrt(2 * part_RQ)[:, :, None, None]
         chosen = np.where(is_second.swapaxes(1, 2).reshape(chosen.shape), enlarge(ids_RQK[..., 1], side), chosen)
-    colors = np.array([to_rgb(expert_color(expert)) for expert in range(block.num_experts)])
+    nobody = to_rgb("0.9")  # the last: -1 is no expert
+    colors = np.array([*(to_rgb(expert_color(expert)) for expert in range(block.num_experts)), nobody])
     light = image.float().mean(0).numpy()
     light = enlarge((light - light.min()) / max(light.max() - light.min(), 1), scale)[..., None]
     return (255 * _tinted(colors[chosen], light)).round().astype(np.uint8)

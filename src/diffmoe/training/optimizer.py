@@ -25,6 +25,8 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> AdamW:
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         leaf = name.rsplit(".", 1)[-1]
         # The routed experts stack E vectors into a matrix: the leaf's name tells a bias from a weight.
         is_matrix = parameter.dim() >= 2 and (leaf == "weight" or leaf.endswith("_weight") or leaf == "keys")

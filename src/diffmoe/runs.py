@@ -106,12 +106,15 @@ def train_run(settings: Settings, tell: Tell = print) -> dict[str, Any] | None:
         validation = task.in_order(model.config, data.validation, data.picture, runtime)
 
         def validate() -> dict[str, float]:
-            share_buffers(fabric, model)
-            return task.validate(model, validation, fabric.autocast)
+            for one in dict.fromkeys((model, trainee.evaluated)):  # not a set: all ranks need one order
+                share_buffers(fabric, one)
+            return task.validate(trainee.evaluated, validation, fabric.autocast)
 
         def save(progress: Progress) -> None:
             if progress.window == 0:  # an epoch ends: where the experts' load is by now, on the same batch each time
-                progress.history[-1] |= routing_metrics(epochs.see(trace_experts(model, [sample], fabric.autocast)))
+                progress.history[-1] |= routing_metrics(
+                    epochs.see(trace_experts(trainee.evaluated, [sample], fabric.autocast))
+                )
             saver.save(progress)
 
         hooks = Hooks(validate, save, epochs.write, lambda seconds: _warn_if_slow(fabric, settings, seconds, told))

@@ -24,7 +24,7 @@ IMPOSSIBLE: list[tuple[type, str, Any, str]] = [
         for name in ("lr", "muon_lr", "expert_lr_scale")
         for value in (0.0, -1.0, math.inf, math.nan)
     ),
-    *((TrainingConfig, name, 1.0, "not including, 1") for name in ("warmup_fraction", "label_smoothing")),
+    *((TrainingConfig, name, 1.0, "not including, 1") for name in ("warmup_fraction", "ema_decay", "label_smoothing")),
     (TrainingConfig, "final_lr_fraction", 1.1, "from 0 to 1"),
     (RunConfig, "num_devices", 0, "at least 1"),
 ]

@@ -76,6 +76,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory, tiny_flags: list[str]) -> Bo
     """`two_ranks.py`, run by two processes."""
     folder = tmp_path_factory.mktemp("ranks")
     flags = [*tiny_flags, "--epochs", "2", "--accumulation_steps", "2", "--patience", "1", "--lr", "0.003"]
+    flags += ["--patch_embed", "whitened", "--optimizer", "muon", "--ema_decay", "0.9"]
     script = [sys.executable, str(REPO / "tests" / "training" / "two_ranks.py"), str(folder), *flags]
     path = os.pathsep.join([str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}

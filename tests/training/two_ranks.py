@@ -170,7 +170,9 @@ def train(folder: Path, flags: list[str]) -> None:
 
     def spy(path: Path, trainee: Trainee, progress: Progress, *others: Any) -> None:
         validation = [(row["val_loss"], row["val_accuracy"]) for row in progress.history]
-        found = {"model": trainee.model.state_dict(), "step": progress.step, "validation": validation}
+        states = (trainee.model.state_dict(), trainee.evaluated.state_dict())
+        weights = {f"{number}.{name}": value for number, state in enumerate(states) for name, value in state.items()}
+        found = {"model": weights, "step": progress.step, "validation": validation}
         torch.save(found, folder / f"rank{trainee.fabric.global_rank}.pt")
         save_run(path, trainee, progress, *others)
 

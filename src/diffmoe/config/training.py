@@ -35,6 +35,8 @@ class TrainingConfig:
     """Learning rate at the end of the cosine, over the peak."""
     clip_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 is off."""
+    ema_decay: float = 0.0
+    """Validate and keep a moving average of the weights, of which so much stays with each step, as 0.999; 0 is off."""
     label_smoothing: float = 0.1
     """Probability mass spread evenly over the classes in the targets."""
     patience: int = 0
@@ -50,7 +52,7 @@ class TrainingConfig:
         check_at_most(self, MAX_SEED, "seed", "batch_size")
         for name in ("lr", "muon_lr", "expert_lr_scale"):
             check(0 < getattr(self, name) < float("inf"), name, getattr(self, name), "over 0 and finite")
-        check_fraction(self, "warmup_fraction", "label_smoothing")
+        check_fraction(self, "warmup_fraction", "ema_decay", "label_smoothing")
         check(0 <= self.final_lr_fraction <= 1, "final_lr_fraction", self.final_lr_fraction, "from 0 to 1")
 
 

@@ -149,6 +149,15 @@ def test_models_of_the_other_task_are_refused(captioned: Any, trained: Any, cli:
     assert "for another task than digits's" in tested.err
 
 
+@pytest.mark.parametrize("flag", ["mixup", "cutmix"])
+def test_captions_are_not_mixed(captioned: Any, cli: Cli, tmp_path: Path, flag: str) -> None:
+    flags = ("--save_dir", tmp_path / "save", *captioned.flags, f"--{flag}", 0.2)
+    result = cli("train", "--dataset", captioned.folder, *flags)
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert f"{flag} is 0.2" in result.err
+    assert not (tmp_path / "save").exists()
+
+
 def test_captions_need_a_fusion(captioned: Any, cli: Cli, tmp_path: Path) -> None:
     flags = ("--save_dir", tmp_path / "save", *captioned.flags, "--fusion_layers", 0)
     result = cli("train", "--dataset", captioned.folder, *flags)

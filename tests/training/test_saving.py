@@ -28,8 +28,12 @@ ALL_RANDOMNESS = [
 """269 pictures: 5 batches, 3 optimizer steps an epoch (the last one of a single ragged batch), 9 in all."""
 
 FAST = [
-    *("--epochs", "2", "--batch_size", "64", "--patch_embed", "whitened", "--stem_width", "8"),
-    *("--optimizer", "muon", "--expert_lr_scale", "0.5", "--ema_decay", "0.8"),
+    *("--epochs", "2", "--batch_size", "64", "--patch_embed", "whitened", "--stem_width", "8", "--optimizer", "muon"),
+    *("--expert_lr_scale", "0.5", "--ema_decay", "0.8", "--alternate_flip", "--cutout", "3", "--mixup", "0.2"),
+    *(
+        "--cutmix",
+        "0.5",
+    ),
 ]
 """What a fast recipe is made of: 5 optimizer steps an epoch, 10 in all."""
 

@@ -56,6 +56,9 @@ class Captioning(Task):
         """The text must read the picture, and must not see its own future."""
         super().check(settings)
         config = settings.model
+        for name in ("mixup", "cutmix"):
+            if (value := getattr(settings.data, name)) > 0:
+                raise UserError(f"{name} is {value}: it mixes the labels of pictures, and captions cannot be mixed")
         if config.fusion_layers < 1:
             raise UserError("fusion_layers is 0: captions need at least 1, in which the text reads the picture")
         if not (config.dense or router_kind(config.router).causal):

@@ -141,6 +141,18 @@ class TestRuns:
         names = {"confusion_matrix", "predictions", "calibration", "per_class", "training_curves"}
         assert {path.name for path in (tmp_path / "pictures" / "digits").iterdir()} == {f"{n}.png" for n in names}
 
+    def test_accuracy_is_told_with_views_and_without_and_never_of_an_earlier_test(self, cli, own_run, tmp_path):
+        where = ("--save_dir", own_run.save_dir, "--output_dir", tmp_path)
+        plain = cli("test", *where)
+        accuracy = read_metrics(own_run.save_dir)["test_accuracy"]
+        assert "--tta" not in plain.out
+        result = cli("test", *where, "--tta", "flip")
+        metrics = read_metrics(own_run.save_dir)
+        assert metrics["test_accuracy"] == accuracy != metrics["test_accuracy_tta"]
+        assert f"mean over the views of --tta {metrics['test_accuracy_tta']:.2%}" in " ".join(result.out.split())
+        assert cli("test", *where).out == plain.out
+        assert "test_accuracy_tta" not in read_metrics(own_run.save_dir)
+
     def test_of_a_folder_of_pictures(self, cli, tiny_flags, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         generator = np.random.default_rng(0)

@@ -176,7 +176,7 @@ def check_run(settings: Settings, trains: bool) -> Task:
     check_outside_data(files.folder, settings.data, "save_dir", "checkpoints")
     if tests:
         check_outside_data(pictures, settings.data, "output_dir", "visualizations")
-        task.check_outputs(pictures, settings.run.overwrite)
+        task.check_test(settings.run, pictures)
     if trains:
         if settings.run.checkpoint is not None:
             raise UserError("checkpoint is for test: training writes <save_dir>/<dataset>_model.pth")

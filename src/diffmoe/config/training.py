@@ -77,6 +77,9 @@ class RunConfig:
     """How several devices share the work; 'auto' is ddp where there are several."""
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
     """Number format; 'auto' is bf16-mixed on a GPU that has it, else 32-true."""
+    tta: Literal["none", "flip", "flip_shift"] = "none"
+    """Test-time augmentation, beside the accuracy without: probabilities are averaged over each picture and its mirror,
+    and with 'flip_shift' over both shifted by a pixel too. Not where left and right matter, as with digits."""
     resume: bool = False
     """Go on from <save_dir>/<dataset>/last.ckpt."""
     overwrite: bool = False

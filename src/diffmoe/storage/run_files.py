@@ -104,10 +104,11 @@ class RunFiles:
         return [p for p in (self.model, self.last, self.metrics, self.history, *self._events()) if p.exists()]
 
     def update_metrics(self, values: Mapping[str, Any]) -> None:
-        """Merge into `metrics.json`, keeping what else is there."""
+        """Merge into `metrics.json`, keeping what else is there; a value of None takes its name away."""
         # Metrics are of float32: digits past the sixth are noise.
         rounded = json.loads(json.dumps(values), parse_float=lambda digits: round(float(digits), 6))
-        text = json.dumps({**self.read_metrics(), **rounded}, indent=2, ensure_ascii=False) + "\n"
+        merged = {name: value for name, value in {**self.read_metrics(), **rounded}.items() if value is not None}
+        text = json.dumps(merged, indent=2, ensure_ascii=False) + "\n"
         encoded = text.encode("utf-8", "backslashreplace")  # what is no UTF-8, of a name, becomes a JSON escape
         write_atomically(self.metrics, lambda path: path.write_bytes(encoded))
 

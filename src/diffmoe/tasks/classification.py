@@ -18,7 +18,7 @@ from diffmoe.data.loading import Dataset
 from diffmoe.data.pictures import PictureSpec
 from diffmoe.data.splits import Split
 from diffmoe.data.text import tokenize
-from diffmoe.evaluation.classification import classification_metrics, pick_examples, predict
+from diffmoe.evaluation.classification import averaged_accuracy, classification_metrics, pick_examples, predict
 from diffmoe.evaluation.passes import Autocast, Scores, run_over
 from diffmoe.model.heads import ImageClassifier
 from diffmoe.tasks.base import Metrics, Runtime, Task, Tested
@@ -68,7 +68,7 @@ class Classification(Task):
         return {"val_loss": scores.loss, "val_accuracy": scores.accuracy}
 
     def test(self, model: Any, data: Dataset, runtime: Runtime, settings: Settings) -> Tested:
-        """Accuracy, confusion, calibration."""
+        """Accuracy, confusion, calibration; with tta also the accuracy that it gives."""
         from diffmoe.visualization import figures
 
         batches = self.in_order(model.config, data.test, data.picture, runtime)
@@ -87,18 +87,22 @@ class Classification(Task):
             ),
         }
         named = {name if name == "zero_shot_accuracy" else f"test_{name}": value for name, value in found.items()}
-        return Tested({**named, "class_names": list(names)}, drawn)
+        tta, averaged = settings.run.tta, None  # None takes an earlier test's figure away
+        if tta != "none":
+            averaged = averaged_accuracy(model, batches.epoch(), tta, runtime.autocast)
+        return Tested({**named, "test_accuracy_tta": averaged, "class_names": list(names)}, drawn)
 
     def report_lines(self, metrics: dict[str, Any], data: Dataset) -> list[str]:
         shown = {
             "test_accuracy": "accuracy",
+            "test_accuracy_tta": "accuracy, mean over the views of --tta",
             "test_top5_accuracy": "top-5 accuracy",
             "zero_shot_accuracy": "zero-shot accuracy, by descriptions",
             "test_ece": "calibration error",
         }
         if len(data.class_names) <= 5:
             del shown["test_top5_accuracy"]  # it is always 100%
-        lines = [f"  {label:36}{metrics[name]:7.2%}" for name, label in shown.items() if name in metrics]
+        lines = [f"  {label:36}{metrics[name]:7.2%}" for name, label in shown.items() if metrics.get(name) is not None]
         width = max(len(name) for name in data.class_names)
         lines.append(f"  {'class':{width}}  precision  recall")
         for name, precision, recall in zip(

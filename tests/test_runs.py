@@ -36,7 +36,7 @@ def read_metrics(save_dir: Path) -> dict[str, Any]:
 
 FLAGS: dict[str, Any] = {
     **{"device": "cpu", "embed_dim": 16, "num_heads": 2, "img_encoder_layers": 1, "text_encoder_layers": 1},
-    **{"text_embed_dim": 8, "max_text_len": 8, "test_fraction": 0.7, "val_fraction": 0.5},
+    **{"text_embed_dim": 8, "max_text_len": 8, "test_fraction": 0.7, "val_fraction": 0.5, "precision": "32-true"},
 }
 """Those of `tiny_flags`."""
 
@@ -190,13 +190,16 @@ class TestRuns:
         assert "note: this will take about" in quiet
         assert "smaller model" not in quiet
 
-    @pytest.mark.parametrize("patch_embed", ["conv", "whitened"])
+    @pytest.mark.parametrize(
+        ("patch_embed", "patch_size", "start_size"), [("conv", 8, 1), ("whitened", 8, 1), ("conv", 4, 0.5)]
+    )
     @pytest.mark.parametrize("batch_size", [1, 3])
     def test_a_batch_that_batchnorm_cannot_learn_from_is_one_line(
-        self, cli, tiny_flags, flowers, tmp_path, snapshot, batch_size, patch_embed
+        self, cli, tiny_flags, flowers, tmp_path, snapshot, batch_size, patch_embed, patch_size, start_size
     ):
         """4 are left to train on."""
-        flags = [*tiny_flags, "--dataset", flowers, "--patch_embed", patch_embed, "--img_size", 8, "--patch_size", 8]
+        flags = [*tiny_flags, "--dataset", flowers, "--patch_embed", patch_embed, "--img_size", 8]
+        flags += ["--patch_size", patch_size, "--start_size", start_size]
         before = snapshot(tmp_path)
         argv = ("train", *flags, "--epochs", 1, "--save_dir", tmp_path / "runs", "--batch_size")
         result = cli(*argv, batch_size)

@@ -37,6 +37,7 @@ from diffmoe.training.loop import Hooks, Progress, StopRequested, fit
 from diffmoe.training.objective import Trainee
 from diffmoe.training.parallel import make_fabric, share_buffers
 from diffmoe.training.saving import DATA, Saver, load_run
+from diffmoe.training.sizes import picture_size
 
 log = logging.getLogger(__name__)
 
@@ -193,8 +194,9 @@ def _check_last_batch(settings: Settings, pictures: int, world_size: int) -> Non
     """BatchNorm learns from no single value. Raises `UserError` where a training batch would bring it one a channel."""
     share = settings.training.batch_size // world_size
     last = -(-pictures // world_size) % share or share
-    kind = settings.model.patch_embed
-    if last == 1 and settings.model.num_patches == 1 and kind != "linear":
+    kind, model = settings.model.patch_embed, settings.model
+    smallest = picture_size(0, 1, settings.training, model) or model.img_size
+    if last == 1 and smallest == model.patch_size and kind != "linear":
         raise UserError(
             f"batch_size is {settings.training.batch_size}: a batch of the {pictures} training pictures would be a "
             f"single one, of a single patch, which patch_embed {kind!r} cannot learn from; give another"

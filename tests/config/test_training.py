@@ -26,6 +26,7 @@ IMPOSSIBLE: list[tuple[type, str, Any, str]] = [
     ),
     *((TrainingConfig, name, 1.0, "not including, 1") for name in ("warmup_fraction", "ema_decay", "label_smoothing")),
     (TrainingConfig, "final_lr_fraction", 1.1, "from 0 to 1"),
+    *((TrainingConfig, "start_size", value, "over 0 and at most 1") for value in (0, 1.1, math.nan)),
     (RunConfig, "num_devices", 0, "at least 1"),
 ]
 

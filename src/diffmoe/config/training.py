@@ -37,6 +37,9 @@ class TrainingConfig:
     """Gradients are scaled down to this norm; 0 is off."""
     ema_decay: float = 0.0
     """Validate and keep a moving average of the weights, of which so much stays with each step, as 0.999; 0 is off."""
+    start_size: float = 1.0
+    """Size of the pictures in the first half of training, over img_size, to the nearest whole number of patches; 1 is
+    off."""
     label_smoothing: float = 0.1
     """Probability mass spread evenly over the classes in the targets."""
     patience: int = 0
@@ -53,6 +56,7 @@ class TrainingConfig:
         for name in ("lr", "muon_lr", "expert_lr_scale"):
             check(0 < getattr(self, name) < float("inf"), name, getattr(self, name), "over 0 and finite")
         check_fraction(self, "warmup_fraction", "ema_decay", "label_smoothing")
+        check(0 < self.start_size <= 1, "start_size", self.start_size, "over 0 and at most 1")
         check(0 <= self.final_lr_fraction <= 1, "final_lr_fraction", self.final_lr_fraction, "from 0 to 1")
 
 
@@ -76,7 +80,7 @@ class RunConfig:
     strategy: Literal["auto", "ddp"] = "auto"
     """How several devices share the work; 'auto' is ddp where there are several."""
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
-    """Number format; 'auto' is bf16-mixed on a GPU that has it, else 32-true."""
+    """Number format; 'auto' is bf16-mixed on a GPU or processor (AMX) that has it in hardware, else 32-true."""
     tta: Literal["none", "flip", "flip_shift"] = "none"
     """Test-time augmentation, beside the accuracy without: probabilities are averaged over each picture and its mirror,
     and with 'flip_shift' over both shifted by a pixel too. Not where left and right matter, as with digits."""

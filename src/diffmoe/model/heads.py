@@ -148,7 +148,7 @@ class ImageClassifier(Head):
                 F.cross_entropy(output.logits, of, label_smoothing=label_smoothing, reduction="none")
                 for of in (labels, others)
             )
-            loss = torch.lerp(other, own, share).mean()
+            loss = torch.lerp(other, own, share.to(own)).mean()  # Fabric rounds what it hands a model
         return Score(loss, (output.logits.argmax(-1) == labels).float().mean(), len(labels))
 
     def class_features(self) -> TextFeatures | None:

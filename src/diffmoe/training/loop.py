@@ -25,6 +25,7 @@ from diffmoe.storage.run_files import Metrics
 from diffmoe.training.objective import Sums, Trainee, means
 from diffmoe.training.optimizer import learning_rate
 from diffmoe.training.parallel import any_of, total
+from diffmoe.training.sizes import picture_size, resized
 
 
 @dataclass
@@ -130,8 +131,9 @@ def fit(
                 clock = _Clock(fabric, progress)
                 while window := list(itertools.islice(batches, config.accumulation_steps)):
                     rate = learning_rate(progress.step, total_steps, config)
+                    size = picture_size(progress.step, total_steps, config, trainee.model.config)
                     try:
-                        sums = trainee.step(window, rate)
+                        sums = trainee.step([resized(batch, size) for batch in window], rate)
                     except FloatingPointError as error:  # the router met what is not a number
                         raise _diverged(math.nan, progress.step) from error
                     progress.add(sums, fabric.world_size)

@@ -9,7 +9,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from diffmoe.config import RunConfig, UserError
-from diffmoe.hardware import pick_device
+from diffmoe.hardware import has_bfloat16, pick_device
 
 
 def make_fabric(run: RunConfig) -> Fabric:
@@ -27,9 +27,8 @@ def make_fabric(run: RunConfig) -> Fabric:
 
 
 def best_precision(device: torch.device) -> Literal["bf16-mixed", "32-true"]:
-    """bf16-mixed on a GPU that computes in bfloat16 itself, and does not only emulate it; else 32-true."""
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16-mixed" if has_bf16 else "32-true"
+    """bf16-mixed where bfloat16 is fast: on most GPUs, on a processor with AMX; else 32-true."""
+    return "bf16-mixed" if has_bfloat16(device) else "32-true"
 
 
 def total(fabric: Fabric, value: Tensor, mean: bool = False) -> Tensor:

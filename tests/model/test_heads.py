@@ -238,7 +238,7 @@ def test_the_loss_of_a_mixed_picture_is_that_of_both_labels_by_their_shares() ->
         target[row, label] += 0.8 * part
         target[row, other] += 0.8 * (1 - part)
     expected = -(target * logits.log_softmax(-1)).sum(-1).mean()
-    output = SimpleNamespace(logits=logits)
+    output: Any = SimpleNamespace(logits=logits)
     found = model.score((torch.zeros(3, 1), labels, others, share), output, label_smoothing=0.2)
     torch.testing.assert_close(found.loss, expected)
     assert found.accuracy == (logits.argmax(-1) == labels).float().mean()

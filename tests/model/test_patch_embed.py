@@ -126,7 +126,7 @@ def test_whitening_is_the_same_each_time_and_draws_nothing() -> None:
         torch.set_rng_state(state)
         embed.whiten(images)
         assert torch.equal(torch.get_rng_state(), state)
-        weights.append(embed.projection[0].weight)
+        weights.append(next(embed.projection.parameters()))
     assert torch.equal(*weights)
     assert not torch.equal(weights[0], Whitening(3).weight)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ DECAYED = (
 """The matrices of a model, by the end of their names; all else is a bias, a norm, an embedding or a position."""
 
 
-def make_model(patch_embed: str = "conv") -> ImageClassifier:
+def make_model(patch_embed: Literal["conv", "whitened"] = "conv") -> ImageClassifier:
     config = ModelConfig(
         img_size=8,
         patch_size=2,

@@ -72,10 +72,10 @@ def crop_and_flip(
     B, C, H, W = images.shape
     rows_BH = _windows(B, H, augmentation.crop_padding, generator)
     columns_BW = _windows(B, W, augmentation.crop_padding, generator)
-    if augmentation.alternate_flip or augmentation.flip:
-        by_chance = mirrored is None or not augmentation.alternate_flip
-        mirrored_B1 = torch.rand(B, 1, generator=generator) < 0.5 if by_chance else mirrored[:, None]
-        columns_BW = torch.where(mirrored_B1, columns_BW.flip(1), columns_BW)
+    if not augmentation.alternate_flip:
+        mirrored = torch.rand(B, generator=generator) < 0.5 if augmentation.flip else None
+    if mirrored is not None:
+        columns_BW = torch.where(mirrored[:, None], columns_BW.flip(1), columns_BW)
     first_row_BC1 = torch.arange(B * C, device=images.device).view(B, C, 1) * H
     rows_BCH = first_row_BC1 + rows_BH.to(images.device)[:, None]
     images = images.reshape(B * C * H, W).index_select(0, rows_BCH.flatten()).view(B, C, H, W)

@@ -131,17 +131,24 @@ class PictureBatches(ABC, Generic[S]):
 class Batches(PictureBatches[Split]):
     """The batches of a classification split."""
 
-    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch | MixedBatch]:
-        """The batches of `epoch` from number `start` on, bit-equal to those of the whole epoch; mixed if so told."""
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
+        """The batches of `epoch` from number `start` on, bit-equal to those of the whole epoch."""
+        for images, share in self.pictures(epoch, start):
+            yield Batch(images, self.split.labels[share].to(self.device, non_blocking=True))
+
+
+class MixedBatches(PictureBatches[Split]):
+    """Likewise, of pictures that are mixed within each batch as `augment` says."""
+
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[MixedBatch]:
+        """The batches of `epoch` from number `start` on, bit-equal to those of the whole epoch."""
+        assert self.augment is not None
         for number, (images, rows) in enumerate(self.pictures(epoch, start), start):
-            labels = self.split.labels[rows].to(self.device, non_blocking=True)
-            if self.augment is None or not self.augment.mixes:
-                yield Batch(images, labels)
-                continue
             generator = seeded_generator(self.seed, epoch, number + 1, self.rank, MIXING)
-            images, other, share = mix(images, self.augment, generator)
-            other, share = (tensor.to(self.device, non_blocking=True) for tensor in (other, share))
-            yield MixedBatch(images, labels, labels[other], share)
+            mixed, other, share = mix(images, self.augment, generator)
+            labels = (self.split.labels[rows], self.split.labels[rows[other]])
+            own, others, share = (tensor.to(self.device, non_blocking=True) for tensor in (*labels, share))
+            yield MixedBatch(mixed, own, others, share)
 
 
 def seeded_generator(*key: int) -> Generator:

@@ -98,7 +98,7 @@ def averaged_accuracy(
 
     run_over(model, viewed(), kept, autocast=autocast)
     taken = iter(kept.taken)
-    predicted = [sum(next(taken)[0] for _ in range(count)).argmax(-1) for count in counts]
+    predicted = [torch.stack([next(taken)[0] for _ in range(count)]).sum(0).argmax(-1) for count in counts]
     return (torch.cat(predicted) == torch.cat(labels)).float().mean().item()
 
 

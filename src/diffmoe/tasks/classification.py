@@ -12,7 +12,8 @@ from torch import Tensor
 
 from diffmoe.config import GenerationConfig, ModelConfig, UserError
 from diffmoe.config.settings import Settings
-from diffmoe.data.batches import Batches, PictureBatches
+from diffmoe.data.augmentation import Augmentation
+from diffmoe.data.batches import Batches, MixedBatches, PictureBatches
 from diffmoe.data.descriptions import class_descriptions
 from diffmoe.data.loading import Dataset
 from diffmoe.data.pictures import PictureSpec
@@ -58,9 +59,11 @@ class Classification(Task):
 
     def batches(
         self, model: ModelConfig, split: Split, picture: PictureSpec, batch_size: int, **options: Any
-    ) -> Batches:
-        """Pictures and labels."""
-        return Batches(split, batch_size, picture=picture, **options)
+    ) -> Batches | MixedBatches:
+        """Pictures and labels; mixed, with both labels, where the augmentation says so."""
+        augment: Augmentation | None = options.get("augment")
+        kind = MixedBatches if augment is not None and augment.mixes else Batches
+        return kind(split, batch_size, picture=picture, **options)
 
     def validate(self, model: Any, batches: PictureBatches[Split], autocast: Autocast = nullcontext) -> Metrics:
         scores = Scores(model)

@@ -41,7 +41,8 @@ class Averages:
                 values.append(value)
             else:
                 average.copy_(value)
-        torch._foreach_lerp_(averages, values, 1 - decay)
+        # All in one call, as torch.optim.swa_utils has it.
+        torch._foreach_lerp_(averages, values, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
         self.steps += 1
 
     def state(self, weights: Mapping[str, Any]) -> dict[str, Any]:

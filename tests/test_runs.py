@@ -178,7 +178,9 @@ class TestRuns:
 
     def test_in_bfloat16_is_saved_in_float32(self, cli, tiny_flags, tmp_path):
         flags = [*tiny_flags, "--epochs", 1, "--save_dir", tmp_path, "--precision", "bf16-mixed"]
-        assert cli("train", *flags).code == 0
+        result = cli("train", *flags)
+        assert (result.code, result.err) == (0, "")
+        assert "; on cpu in bfloat16\n" in result.out
         state = torch.load(tmp_path / "digits_model.pth", weights_only=True)["state_dict"]
         assert {tensor.dtype for tensor in state.values()} == {torch.float32, torch.int64}
 

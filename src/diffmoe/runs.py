@@ -258,10 +258,11 @@ def _shared(settings: Settings, model: Head, data: Dataset, fabric: Fabric) -> d
 
 def _introduce(task: Task, model: Head, data: Dataset, fabric: Fabric, tell: Tell) -> None:
     counts = parameter_counts(model)
+    number_format = " in bfloat16" if fabric.strategy.precision.precision == "bf16-mixed" else ""
     tell(data.summary())
     tell(
         f"model: {counts['parameters_total'] / 1e6:.2f} M parameters, "
-        f"{counts['parameters_active'] / 1e6:.2f} M active for a token; on {fabric.device}"
+        f"{counts['parameters_active'] / 1e6:.2f} M active for a token; on {fabric.device}{number_format}"
     )
     for note in task.notes(model.config):
         tell(f"note: {note}")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, cast
 
 import torch
@@ -21,9 +24,22 @@ def make_fabric(run: RunConfig) -> Fabric:
     if run.num_devices > num_present:
         raise UserError(f"num_devices is {run.num_devices}: this machine has {num_present}")
     precision = run.precision if run.precision != "auto" else best_precision(device)
-    fabric = Fabric(accelerator=device.type, devices=run.num_devices, strategy=run.strategy, precision=precision)
+    with _silent_fabric():
+        fabric = Fabric(accelerator=device.type, devices=run.num_devices, strategy=run.strategy, precision=precision)
     fabric.launch()
     return fabric
+
+
+@contextmanager
+def _silent_fabric() -> Iterator[None]:
+    """Within it Fabric logs no notes: the number format is told by the run, which is what the user started."""
+    notes = logging.getLogger("lightning_fabric")
+    level = notes.level
+    notes.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        notes.setLevel(level)
 
 
 def best_precision(device: torch.device) -> Literal["bf16-mixed", "32-true"]:

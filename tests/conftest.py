@@ -76,6 +76,7 @@ def isolated(cache: Path) -> Iterator[None]:
     """A cache of its own, and torch's global settings as they are in a fresh process."""
     with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng(devices=[]):
         patch.setenv("DIFFMOE_CACHE", str(cache))
+        patch.setenv("OMP_NUM_THREADS", str(THREADS))  # or a run would look at what else the machine does
         MATMUL.fp32_precision = STOCK_PRECISION
         yield
     MATMUL.fp32_precision = STOCK_PRECISION

@@ -22,6 +22,7 @@ import torch
 from diffmoe import runs
 from diffmoe.cli import COMMANDS, main
 from diffmoe.config import GenerationConfig, VisualizationConfig
+from diffmoe.config.settings import MODES
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -37,6 +38,17 @@ class TestHelp:
         result = cli(*argv)
         assert (result.code, result.err) == (0, "")
         assert all(f"  {name} " in result.out for name in COMMANDS)
+
+    def test_lists_the_flags_that_the_flat_form_is_known_by(self, cli, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "200")
+        lines = [line.split(maxsplit=1) for line in cli("--help").out.splitlines()]
+        told = {words[0]: words[1] for words in lines if words and words[0].startswith("--")}
+        known = (
+            "dataset mode batch_size epochs lr weight_decay checkpoint save_dir data_dir preset seed device precision"
+        )
+        assert told.keys() >= {f"--{name}" for name in [*known.split(), "resume"]}
+        assert told["--epochs"] == "Passes over the training split"  # as the field's docstring says
+        assert told["--mode"].startswith(", ".join(MODES))
 
     @pytest.mark.parametrize("command", COMMANDS)
     def test_of_a_command(self, cli, capsys, command):
@@ -96,6 +108,7 @@ MISTAKES: dict[str, str] = {
     # the command and its flags
     "trian": "unknown command 'trian' (did you mean 'train'?)",
     "train --epoch 3": "unknown flag --epoch (did you mean 'epochs'?)",
+    "train --class_weights 2": "unknown flag --class_weights; --help lists all",
     "train digits": "unrecognized arguments: digits",
     "--mode tran": "--mode: invalid choice: 'tran'",
     "train --lr fast": "lr is 'fast': it must be a number",
@@ -207,6 +220,28 @@ def test_ctrl_c_outside_of_the_training_loop_is_no_traceback(cli, trained, tmp_p
         pytest.fail("the user sees a traceback")
     assert result.code == 128 + signal.SIGINT
     assert result.err == "diffmoe: stopped\n"
+
+
+class TestJson:
+    """stdout is the metrics and nothing else."""
+
+    def test_of_a_test_is_what_the_file_holds(self, cli, own_run, tmp_path):
+        where = ("--save_dir", own_run.save_dir, "--output_dir", tmp_path, "--device", "cpu")
+        result = cli("test", *where, "--json")
+        assert (result.code, result.err) == (0, "")
+        told = json.loads(result.out)
+        assert told == json.loads((own_run.save_dir / "digits" / "metrics.json").read_text())
+        assert told["mode"] == "test"
+        flat = cli("--mode", "test", *where, "--json")
+        assert json.loads(flat.out) == told
+
+    def test_of_training_leaves_stderr_for_how_it_goes_on(self, cli, tiny_flags, tmp_path):
+        where = ("--save_dir", tmp_path / "runs", "--output_dir", tmp_path / "pictures")
+        result = cli("train_test", *tiny_flags, "--epochs", 1, *where, "--json")
+        assert result.code == 0
+        assert {"val_accuracy", "test_accuracy"} <= json.loads(result.out).keys()
+        assert "epoch 1/1" in result.err
+        assert "precision  recall" not in result.err  # the metrics say it
 
 
 class TestProcesses:

@@ -12,12 +12,14 @@ from PIL import Image
 
 from diffmoe import Predictor, visualization
 from diffmoe.config import GenerationConfig, UserError
+from diffmoe.config.recipes import generation_config
 from diffmoe.data import pictures as data_pictures
 from diffmoe.data.text import detokenize, tokenize
 from diffmoe.evaluation.views import views
 from diffmoe.model.captioner import Captioner
 from diffmoe.model.heads import ImageClassifier
-from diffmoe.storage.model_files import save_model
+from diffmoe.storage.model_files import load_model_file, save_model
+from diffmoe.tasks.captioning import Captioning
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +68,13 @@ class TestRows:
         assert images_of(by_picture) == [None] * len(small)
         for row, other in zip(by_path, by_picture, strict=True):
             assert {**row, "image": None} == other
+
+    def test_home_in_a_pictures_name(
+        self, classifier: Predictor, small: list[Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HOME", str(small[0].parent))
+        (row,) = classifier.classify(f"~/{small[0].name}")
+        assert row == {**classifier.classify(small[0])[0], "image": f"~/{small[0].name}"}
 
     @pytest.mark.parametrize("ask", ASKED.values(), ids=ASKED.keys())
     def test_of_one_picture_is_a_list_of_one(self, classifier: Predictor, small: list[Path], ask: Any) -> None:
@@ -167,7 +176,8 @@ class TestTexts:
         rows = classifier.compare(drawn, "the number one", top=10)
         cosines = classifier.embed_images(drawn) @ classifier.embed_texts("the number one")[0]
         assert [row["similarity"] for row in rows] == pytest.approx(cosines.tolist(), abs=1e-6)
-        classes = classifier.constants["classes"].embedding
+        assert classifier.classes is not None
+        classes = classifier.classes.embedding
         given_text = (classifier.backbone.scale * classes @ classifier.embed_texts("the number one")[0]).softmax(-1)
         both = classifier.probabilities(drawn) * given_text.detach()
         for row, expected in zip(rows, both / both.sum(1, keepdim=True), strict=True):
@@ -212,6 +222,19 @@ class TestCaption:
         assert [row["caption"] for row in rows] == expected
         assert [row["caption"] for row in captioner.caption(opened(paths), decoding="greedy")] == expected
         assert captioner.caption(str(paths[0]), decoding="greedy") == rows[:1]
+
+    def test_of_a_set_of_ones_own_is_written_as_one_of_no_recipe(
+        self, captioned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It may be called as the built-in one, whose captions are written otherwise."""
+        loaded, configs = load_model_file(captioned.model), []
+        monkeypatch.setattr(Captioning, "caption", lambda *args: configs.append(args[3]) or [""])
+        for own in (True, False):
+            info = dataclasses.replace(loaded.data, dataset="shapes", own=own)
+            save_model(tmp_path / "shapes_model.pth", loaded.model, info)
+            Predictor(tmp_path / "shapes_model.pth", device="cpu").caption(captioned.pictures[0])
+        assert configs == [GenerationConfig(), generation_config("shapes")]
+        assert configs[0] != configs[1]
 
     def test_fields_win_over_a_config(self, captioner: Predictor, captioned: Any) -> None:
         paths, config = captioned.pictures[:2], GenerationConfig(decoding="greedy")

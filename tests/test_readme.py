@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import itertools
 import json
 import re
 import shlex
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,10 @@ from PIL import Image
 
 from diffmoe.config import DataConfig, recipes
 from diffmoe.data import shapes
+from diffmoe.data.caption_files import FLICKR_FOLDERS, FLICKR_TABLE
 from diffmoe.data.loading import load_dataset
 from diffmoe.data.pictures import PictureSpec
+from diffmoe.data.splits import SPLIT_ALIASES
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = ("README.md", "README.zh-CN.md")
@@ -75,6 +79,11 @@ def test_every_command_runs_in_its_order(
     for words in commands("README.md"):
         if words[0] == "make":
             assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE)
+            continue
+        if words[0] == ".":
+            assert not ran  # before all that needs it
+            (venv,) = re.findall(r"^VENV +\?= (\S+)$", makefile, re.MULTILINE)
+            assert words == [".", f"{venv}/bin/activate"]
             continue
         assert words[0] == "diffmoe" or words[:2] == ["python", "main.py"], words
         argv = words[1:] if words[0] == "diffmoe" else words[2:]
@@ -152,13 +161,42 @@ def test_the_table_of_files_has_the_whole_package(readme: str) -> None:
     assert {name for name in names if f"`{name}`" not in text} == set()
 
 
+def test_the_two_readmes_have_the_same_blocks_of_code_in_the_same_order() -> None:
+    """Word for word, but for the comments of the Python examples."""
+    english, chinese = (
+        [
+            (language, ast.dump(ast.parse(code)) if language == "python" else code)
+            for language, code in re.findall(
+                r"^```(\w*)\n(.*?)^```$", (ROOT / readme).read_text("utf-8"), re.DOTALL | re.MULTILINE
+            )
+        ]
+        for readme in READMES
+    )
+    assert {language for language, _ in english} == {"bash", "text", "python"}
+    assert english == chinese
+
+
 def test_the_two_readmes_say_the_same() -> None:
-    english, chinese = READMES
-    assert commands(english) == commands(chinese)
-    code = [[ast.dump(ast.parse(source)) for source in blocks(readme, "python")] for readme in READMES]
-    assert code[0] == code[1]
-    figures = [re.findall(r"\d+\.\d+ ?%|\d+\.\d+ GB", (ROOT / readme).read_text("utf-8")) for readme in READMES]
-    assert figures[0] == figures[1]
+    """The same figures, files, flags and pictures; what is code in a sentence is so in the other language."""
+    texts = [(ROOT / readme).read_text("utf-8") for readme in READMES]
+    for pattern in (r"\d+\.\d+ ?%|\d+\.\d+ GB", r"--\w+", r"\]\((docs/images/.+?)\)", r"pip install [^`]+"):
+        english, chinese = (re.findall(pattern, text) for text in texts)
+        assert sorted(english) == sorted(chinese), pattern
+    english, chinese = ({code for code in re.findall(r"`([^`\n]+)`", text) if code.isascii()} for text in texts)
+    assert english - chinese == {"train/<class>/*.jpg"}  # the class is called so in Chinese
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_a_reader_learns_how_to_make_the_environment_and_which_data_is_read(readme: str) -> None:
+    text = (ROOT / readme).read_text("utf-8")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    assert "pip install -r requirements.txt" in text
+    assert (ROOT / "requirements.txt").is_file()
+    assert set(re.findall(r"pip install -e '\.\[(\w+)\]'", text)) == {"caption", "heic", "app"} <= extras.keys()
+    for alias in itertools.chain(*SPLIT_ALIASES.values()):
+        assert re.search(rf"`{alias}/?[`<]", text), alias
+    for layout in ("JSON Lines", "Parquet", "CSV", "Kaggle", FLICKR_TABLE, FLICKR_FOLDERS[-1], "HEIC"):
+        assert layout in text
 
 
 def test_a_preset_is_for_the_same_everywhere() -> None:

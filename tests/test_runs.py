@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -13,20 +14,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from tests.training.events import read_scalars
 from tests.training.signals import send_at
 
 import diffmoe
-from diffmoe import runs
+from diffmoe import hardware, runs
 from diffmoe.commands import train as command
 from diffmoe.config import DataConfig, UserError
+from diffmoe.config.settings import parse_settings
 from diffmoe.data.loading import load_dataset
+from diffmoe.hardware import Threads
 from diffmoe.model.heads import ImageClassifier
 from diffmoe.model.patch_embed import Whitening
 from diffmoe.storage.model_files import load_model_file
 from diffmoe.storage.run_files import RunFiles
 from diffmoe.tasks.classification import Classification
+from diffmoe.training.loop import StopRequested
 from diffmoe.training.objective import Trainee
 
 
@@ -184,13 +189,18 @@ class TestRuns:
         state = torch.load(tmp_path / "digits_model.pth", weights_only=True)["state_dict"]
         assert {tensor.dtype for tensor in state.values()} == {torch.float32, torch.int64}
 
-    def test_of_hours_on_a_cpu_names_a_smaller_preset(self, cli, tiny_flags, tmp_path, monkeypatch):
+    def test_of_hours_on_a_cpu_names_a_smaller_preset_before_all_progress(self, cli, tiny_flags, tmp_path, monkeypatch):
         monkeypatch.setattr(runs, "HOUR", 1e-9)
-        flags = [*tiny_flags, "--epochs", 1, "--batch_size", 12]  # 23 steps: the estimate comes after 20
-        assert "--preset tiny is a smaller model" in cli("train", *flags, "--save_dir", tmp_path / "a").out
+        flags = [*tiny_flags, "--epochs", 1]
+        told = cli("train", *flags, "--save_dir", tmp_path / "a").out.splitlines()
+        (note,) = [line for line in told if line.startswith("note: ")]
+        assert re.fullmatch(
+            r"note: about [\d,]+ hours on this processor; --preset tiny, made for a CPU, takes minutes", note
+        )
+        assert not any(line.startswith("epoch") for line in told[: told.index(note)])
         quiet = cli("train", *flags, "--save_dir", tmp_path / "b", "--preset", "tiny").out
-        assert "note: this will take about" in quiet
-        assert "smaller model" not in quiet
+        assert "note: about" in quiet
+        assert "--preset" not in quiet
 
     @pytest.mark.parametrize(
         ("patch_embed", "patch_size", "start_size"), [("conv", 8, 1), ("whitened", 8, 1), ("conv", 4, 0.5)]
@@ -241,6 +251,78 @@ class TestRuns:
         assert "metrics.json" in result.err
 
 
+class TestConfigFile:
+    """`config.yaml` repeats the run that left it, whatever layers its settings came from."""
+
+    @pytest.mark.parametrize("of", ["trained", "captioned"])
+    def test_repeats_the_run_to_the_same_weights(self, cli, request, tmp_path, of):
+        run = request.getfixturevalue(of)
+        name, again = run.model.name.removesuffix("_model.pth"), tmp_path / "again"
+        config = run.save_dir / name / "config.yaml"
+        assert cli("train", "--config", config, "--save_dir", again).err == ""
+        made, copied = (torch.load(folder / run.model.name, weights_only=True) for folder in (run.save_dir, again))
+        assert (made["model_config"], made["data"]) == (copied["model_config"], copied["data"])
+        torch.testing.assert_close(copied["state_dict"], made["state_dict"], rtol=0, atol=0)
+        told = [yaml.safe_load(path.read_text()) for path in (config, again / name / "config.yaml")]
+        assert told[1] == {**told[0], "save_dir": str(again)}
+        assert cli("test", "--config", again / name / "config.yaml", "--output_dir", tmp_path / "pictures").code == 0
+
+    def test_says_how(self, own_run):
+        first = (own_run.save_dir / "digits" / "config.yaml").read_text().splitlines()[0]
+        assert re.fullmatch(r"# OMP_NUM_THREADS=\d+ diffmoe train --config \S+/checkpoints/digits/config.yaml", first)
+
+    def test_is_that_of_the_last_run_and_begins_as_the_next_one_is_told(self, cli, own_run):
+        flags = [*own_run.flags, "--save_dir", own_run.save_dir, "--epochs", 1]
+        assert cli("train", *flags, "--overwrite", "--seed", 1).code == 0
+        config = own_run.save_dir / "digits" / "config.yaml"
+        told = yaml.safe_load(config.read_text())
+        assert told["seed"] == 1
+        assert not {"overwrite", "resume"} & told.keys()
+        assert cli("train", "--config", config).code == 2  # it would overwrite
+        assert cli("train", "--config", config, "--overwrite").code == 0
+
+
+class TestThreads:
+    def run(self, monkeypatch: pytest.MonkeyPatch, count: int, *flags: object) -> tuple[list[str], int]:
+        """What is told of a run on a machine that has so many cores to give, and with how many threads it was made."""
+        used: list[int] = []
+        original = Trainee.step
+        with monkeypatch.context() as patch:
+            patch.delenv("OMP_NUM_THREADS")
+            patch.setattr(hardware, "choose_threads", lambda: Threads(count, f"threads: {count}, as it is"))
+            patch.setattr(Trainee, "step", lambda *args: used.append(torch.get_num_threads()) or original(*args))
+            lines: list[str] = []
+            runs.train_run(parse_settings([str(flag) for flag in flags], mode="train"), lines.append)
+        (threads,) = set(used)
+        return [line for line in lines if line.startswith("threads")], threads
+
+    def test_are_those_chosen_and_a_resumed_run_keeps_those_that_it_began_with(self, own_run, tmp_path, monkeypatch):
+        """The last bit of a sum depends on them."""
+        flags = (*own_run.flags, "--save_dir", tmp_path)
+        before = torch.get_num_threads()
+        with monkeypatch.context() as patch:
+            send_at(patch, Trainee, "step", [3], signal.SIGTERM)
+            with pytest.raises(StopRequested):
+                self.run(patch, 3, *flags)
+        assert self.run(monkeypatch, 2, *flags, "--resume") == (["threads: 3, as the run began with"], 3)
+        assert torch.get_num_threads() == before
+        assert self.run(monkeypatch, 2, *flags, "--overwrite") == (["threads: 2, as it is"], 2)
+
+    def test_that_the_user_set_hold_for_a_resumed_run_too(self, own_run, tmp_path, monkeypatch):
+        flags = (*own_run.flags, "--save_dir", tmp_path)
+        with monkeypatch.context() as patch:
+            send_at(patch, Trainee, "step", [3], signal.SIGTERM)
+            with pytest.raises(StopRequested):
+                self.run(patch, 3, *flags)
+        lines: list[str] = []
+        used: list[int] = []
+        original = Trainee.step
+        monkeypatch.setattr(Trainee, "step", lambda *args: used.append(torch.get_num_threads()) or original(*args))
+        runs.train_run(parse_settings([*map(str, flags), "--resume"], mode="train"), lines.append)
+        assert set(used) == {torch.get_num_threads()}
+        assert not any(line.startswith("threads") for line in lines)
+
+
 class TestOverwriting:
     def test_is_refused_unless_told(self, cli, own_run, snapshot):
         before = snapshot(own_run.save_dir)
@@ -251,7 +333,9 @@ class TestOverwriting:
         )
         assert snapshot(own_run.save_dir) == before
 
-    @pytest.mark.parametrize("left", ["digits_model.pth", "digits/last.ckpt", "digits/metrics.json"])
+    @pytest.mark.parametrize(
+        "left", ["digits_model.pth", "digits/last.ckpt", "digits/metrics.json", "digits/config.yaml"]
+    )
     def test_is_refused_whatever_is_left_of_the_run(self, cli, own_run, snapshot, left):
         for path in own_run.save_dir.rglob("*"):
             if path.is_file() and path != own_run.save_dir / left:
@@ -339,7 +423,7 @@ class TestReplacing:
             send_at(patch, Trainee, "step", [1], signal.SIGTERM)
             assert cli("train", *flags, "--overwrite").code == 143
         assert own_run.model.read_bytes() != before
-        assert {path.name for path in (own_run.save_dir / "digits").iterdir()} == {"last.ckpt"}
+        assert {path.name for path in (own_run.save_dir / "digits").iterdir()} == {"last.ckpt", "config.yaml"}
         where = ("--save_dir", own_run.save_dir, "--output_dir", own_run.save_dir.parent / "pictures")
         assert cli("test", *own_run.flags, *where).code == 0
         assert cli("train", *flags, "--resume").code == 0

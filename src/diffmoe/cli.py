@@ -16,8 +16,10 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
 
+from docstring_parser import parse_from_object
+
 from diffmoe.commands.parsing import unread_is_no_error
-from diffmoe.config import UserError, nearest
+from diffmoe.config import DataConfig, RunConfig, TrainingConfig, UserError, nearest
 from diffmoe.config.settings import MODES, parse_settings
 
 COMMANDS = {
@@ -33,31 +35,51 @@ COMMANDS = {
     "app": "serve a web page that does all of this with a picture",
 }
 
-HELP = f"""usage: diffmoe <command> [flags]      (or: python main.py --mode {{{",".join(MODES)}}} [flags])
+FLAGS = (
+    *("dataset", "data_dir", "preset", "batch_size", "epochs", "lr", "weight_decay", "seed"),
+    *("save_dir", "checkpoint", "resume", "overwrite", "device", "precision"),
+)
+"""Of train and test those that most users want."""
 
-A multimodal Mixture-of-Experts Transformer: train it, test it, use it.
 
-commands:
-{chr(10).join(f"  {name:12}{text}" for name, text in COMMANDS.items())}
+USAGE = f"""usage: diffmoe <command> [flags]      (or: python main.py --mode {{{",".join(MODES)}}} [flags])
 
-examples:
+A multimodal Mixture-of-Experts Transformer: train it, test it, use it."""
+
+EXAMPLES = """examples:
   diffmoe train_test                                         handwritten digits, in a minute, no download
-  diffmoe train_test --dataset cifar10 --preset tiny         CIFAR-10 on a laptop
-  diffmoe predict --checkpoint checkpoints/cifar10_model.pth cat.jpg
+  python main.py --dataset cifar10 --mode train_test --preset tiny     CIFAR-10 on a laptop
+  diffmoe predict cat.jpg --checkpoint checkpoints/cifar10_model.pth
   diffmoe train_test --dataset shapes                        learn to caption drawn shapes, in minutes, no download
-  diffmoe caption --checkpoint checkpoints/shapes_model.pth picture.png
+  diffmoe caption picture.png --checkpoint checkpoints/shapes_model.pth
 
 `diffmoe <command> --help` lists the flags of one command."""
 
 
 def help_text() -> str:
-    """`HELP`; where the terminal is narrower, its lines end between words."""
+    """What the program can do, on lines that end between words in a narrow terminal too."""
+    commands = [f"  {name:16}{text}" for name, text in COMMANDS.items()]
+    flags = [f"  --{name:14}{text}" for name, text in _flags().items()]
+    parts = (
+        (USAGE.splitlines(), 4),
+        (["commands:", *commands], 18),
+        ([f"flags of {', '.join(MODES)}; diffmoe train --help lists all:", *flags], 18),
+        (EXAMPLES.splitlines(), 6),
+    )
     fold = textwrap.TextWrapper(shutil.get_terminal_size().columns, break_long_words=False, break_on_hyphens=False)
-    lines = []
-    for line in HELP.splitlines():
-        fold.subsequent_indent = " " * 14 if line.startswith(" ") else ""
-        lines.append(fold.fill(line))
-    return "\n".join(lines)
+    told = []
+    for lines, indent in parts:
+        fold.subsequent_indent = " " * indent
+        told.append("\n".join(fold.fill(line) for line in lines))
+    return "\n\n".join(told)
+
+
+def _flags() -> dict[str, str]:
+    """What each of `FLAGS` is for: the first sentence of its field's docstring."""
+    documented = [parse_from_object(config) for config in (DataConfig, TrainingConfig, RunConfig)]
+    texts = {field.arg_name: " ".join((field.description or "").split()) for doc in documented for field in doc.params}
+    told = {name: texts[name].partition(". ")[0].removesuffix(".") for name in FLAGS}
+    return {"dataset": told["dataset"], "mode": f"{', '.join(MODES)}; of main.py, whose default is {MODES[-1]}", **told}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

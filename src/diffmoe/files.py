@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -26,6 +27,12 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             unfinished.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def as_json(value: object, indent: int) -> str:
+    """As JSON, every character as it is; what is no UTF-8, of a name, becomes an escape."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def check_writable(folder: Path) -> None:

@@ -25,6 +25,7 @@ from diffmoe.evaluation.views import views
 from diffmoe.hardware import pick_device, use_fast_matmul
 from diffmoe.model.encoders import AttentionMap
 from diffmoe.model.multimodal import MultiModalMoE
+from diffmoe.model.outputs import TextFeatures
 from diffmoe.storage.model_files import load_model_file
 from diffmoe.tasks import task_of_model
 
@@ -78,10 +79,10 @@ class Predictor:
         return self.task.reads_texts(self.model)
 
     @cached_property
-    def constants(self) -> dict[str, Any]:
-        """What the model is handed with every batch: class descriptions, say, which are read once."""
+    def classes(self) -> TextFeatures | None:
+        """The descriptions of the classes, read once; None where the model has none."""
         with torch.inference_mode(False), torch.no_grad():  # ordinary tensors, whoever asks first
-            return self.model.constants()
+            return self.model.class_features()
 
     def read(self, pictures: Pictures) -> Tensor | LazyImages:
         """As uint8 (N, C, H, W) of the model's size. Raises `UserError` naming a file that is no picture."""
@@ -109,7 +110,7 @@ class Predictor:
         chunks: list[Tensor] = []
         with torch.inference_mode():
             for part in self._batches(pictures):
-                by_view = [self.task.classify(self.model, view, self.constants) for view in views(part, tta)]
+                by_view = [self.task.classify(self.model, view, self.classes) for view in views(part, tta)]
                 chunks.append(torch.stack(by_view).mean(0))
         return torch.cat(chunks).clone()
 
@@ -142,7 +143,7 @@ class Predictor:
         Written as `config` says, or the recipe of the model's dataset, but for the `fields` of `GenerationConfig` that
         are given. `seed` is for decoding 'sample'.
         """
-        config = replace(config or generation_config(self.info.dataset), **fields)
+        config = replace(config or generation_config(self.info.known_as), **fields)
         captions: list[str] = []
         for part in self._batches(pictures):
             captions += self.task.caption(self.model, part, config, seed + len(captions))
@@ -158,9 +159,9 @@ class Predictor:
         cosines = self.embed_images(pictures) @ self.embed_texts([text])[0]
         rows: list[Row] = [{"similarity": cosine} for cosine in cosines.tolist()]
         with torch.inference_mode():
-            told: list[Row] = []
+            told: list[dict[str, object]] = []
             for part in self._batches(pictures):
-                told += self.task.compare(self.model, part, text, self.constants)
+                told += self.task.compare(self.model, part, text, self.classes)
         for row, more in zip(rows, told, strict=True):
             row |= {name: self._ranked(v, top) if isinstance(v, Tensor) else v for name, v in more.items()}
         return self._rows(pictures, rows)

@@ -10,28 +10,31 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Iterator
+import shlex
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
+from matplotlib.figure import Figure
 
 from diffmoe.config import ModelConfig, UserError, dataset_name
-from diffmoe.config.settings import Settings, parse_settings
+from diffmoe.config.settings import Settings, as_yaml, parse_settings
 from diffmoe.data.loading import Dataset, load_dataset
 from diffmoe.data.pictures import PictureSpec
 from diffmoe.evaluation.experts import trace_experts
 from diffmoe.evaluation.history import routing_metrics
 from diffmoe.files import check_outside_data, check_writable, write_atomically
-from diffmoe.hardware import pick_device, tuned
+from diffmoe.hardware import Threads, pick_device, tuned
 from diffmoe.model.heads import Head
 from diffmoe.model.parameters import parameter_counts
 from diffmoe.storage.model_files import DataInfo, load_model_file
 from diffmoe.storage.run_files import RunFiles
 from diffmoe.tasks import task_of_data, task_of_model
 from diffmoe.tasks.base import Runtime, Task
+from diffmoe.training.display import as_figure
 from diffmoe.training.epoch_log import EpochLog
 from diffmoe.training.loop import Hooks, Progress, StopRequested, fit
 from diffmoe.training.objective import Trainee
@@ -81,9 +84,9 @@ def train_run(settings: Settings, tell: Tell = print) -> dict[str, Any] | None:
 
     Returns what `metrics.json` holds; None in all processes but the first. Raises `UserError`, `StopRequested`.
     """
-    config, files = settings.training, RunFiles(settings.data.dataset, settings.run.save_dir)
+    seed, files = settings.training.seed, RunFiles(settings.data.dataset, settings.run.save_dir)
     task = check_run(settings, trains=True)
-    with _clean():
+    with _clean() as threads:
         fabric = make_fabric(settings.run)
         picture = PictureSpec(settings.model.img_size, settings.model.in_channels)
         told: Tell = tell if fabric.is_global_zero else _silent
@@ -92,16 +95,18 @@ def train_run(settings: Settings, tell: Tell = print) -> dict[str, Any] | None:
         batches = task.training_batches(settings, data, fabric.device, fabric.global_rank, fabric.world_size)
         _check_last_batch(settings, len(data.train), fabric.world_size)
         sample = next(iter(batches.epoch()))  # before the seed is set: workers draw from torch's generator
-        torch.manual_seed(config.seed)
+        torch.manual_seed(seed)
         model = task.build(settings, data)
         _start_from(settings, model, data, told)
-        trainee = Trainee(fabric, model, config)
+        trainee = Trainee(fabric, model, settings.training)
         # Weights are equal on all ranks; dropout and the descriptions drawn from here on are not.
-        torch.manual_seed(config.seed + 1 + fabric.global_rank)
+        torch.manual_seed(seed + 1 + fabric.global_rank)
         shared = _shared(settings, model, data, fabric)
         progress = load_run(files.last, trainee, shared) if settings.run.resume else Progress()
         _introduce(task, model, data, fabric, told)
-        saver = Saver(files, trainee, DataInfo.of(data, settings.data), shared, is_first=not settings.run.resume)
+        _tell_of_threads(threads, fabric, told)
+        info, config = DataInfo.of(data, settings.data), _config_file(settings, files)
+        saver = Saver(files, trainee, info, shared, config, is_first=not settings.run.resume)
         epochs = EpochLog(files, settings, model, data.picture, sample, told, silent=not fabric.is_global_zero)
         runtime = Runtime(fabric.device, settings.data.num_workers, fabric.autocast)
         validation = task.in_order(model.config, data.validation, data.picture, runtime)
@@ -118,7 +123,9 @@ def train_run(settings: Settings, tell: Tell = print) -> dict[str, Any] | None:
                 )
             saver.save(progress)
 
-        hooks = Hooks(validate, save, epochs.write, lambda seconds: _warn_if_slow(fabric, settings, seconds, told))
+        hooks = Hooks(
+            validate, save, epochs.write, lambda seconds: _warn_if_slow(fabric, settings, seconds, told), told
+        )
         with epochs.going_on(progress):
             fit(trainee, batches, hooks, progress)
         told(f"best model: {files.model}   metrics: {files.metrics}")
@@ -139,9 +146,10 @@ def test_run(settings: Settings, tell: Tell = print) -> dict[str, Any]:
     files.replace_earlier()
     check_writable(files.folder)
     files.read_metrics()
-    with _clean():
+    with _clean() as threads:
         loaded = load_model_file(path)
         model, info = loaded.model, loaded.data
+        info.check_source(settings.data, path)
         if task_of_model(model) is not task:
             raise UserError(f"{path} was trained on {info.dataset}, for another task than {settings.data.dataset}'s")
         check_fits(settings, model.config, path)
@@ -150,6 +158,8 @@ def test_run(settings: Settings, tell: Tell = print) -> dict[str, Any]:
         if data.class_names != info.class_names:
             raise UserError(f"{path} was trained on the classes of {info.dataset}, not on those of {data.name}")
         data = dataclasses.replace(data, picture=loaded.picture)
+        if settings.mode == "test":  # after training it was told
+            _tell_of_threads(threads, fabric, tell)
         runtime = Runtime(fabric.device, settings.data.num_workers, fabric.autocast)
         tested = task.test(model.to(fabric.device), data, runtime, settings)
         files.update_metrics({"dataset": data.name, "mode": settings.mode, **parameter_counts(model), **tested.metrics})
@@ -217,17 +227,17 @@ def pictures_folder(settings: Settings) -> Path:
 
 
 @contextmanager
-def _clean() -> Iterator[None]:
+def _clean() -> Iterator[Threads]:
     """What a run changes for the whole process is put back after it."""
-    with torch.random.fork_rng(), tuned():
+    with torch.random.fork_rng(), tuned() as threads:
         try:
-            yield
+            yield threads
         finally:
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
 
 
-def _settings(mode: str, flags: dict[str, Any]) -> Settings:
+def _settings(mode: str, flags: Mapping[str, object]) -> Settings:
     words = {name: str(v) if isinstance(v, str | Path) else json.dumps(v) for name, v in flags.items()}
     return parse_settings([f"--{name}={word}" for name, word in words.items()], prog=f"diffmoe.{mode}", mode=mode)
 
@@ -246,7 +256,7 @@ def _start_from(settings: Settings, model: Head, data: Dataset, tell: Tell) -> N
             tell(line)
 
 
-def _shared(settings: Settings, model: Head, data: Dataset, fabric: Fabric) -> dict[str, Any]:
+def _shared(settings: Settings, model: Head, data: Dataset, fabric: Fabric) -> dict[str, object]:
     """What decides how a run goes on: a resumed one must have it in common with the one that it resumes."""
     groups = (model.config, settings.training, settings.data)
     fields = {name: value for group in groups for name, value in dataclasses.asdict(group).items()}
@@ -268,7 +278,22 @@ def _introduce(task: Task, model: Head, data: Dataset, fabric: Fabric, tell: Tel
         tell(f"note: {note}")
 
 
-def _draw(figures: dict[str, Any], files: RunFiles, folder: Path, settings: Settings, task: Task) -> None:
+def _tell_of_threads(threads: Threads, fabric: Fabric, tell: Tell) -> None:
+    """Where they are fewer than the cores, and this process has chosen them alone."""
+    if (count := torch.get_num_threads()) != threads.count and fabric.world_size == 1:
+        tell(f"threads: {count}, as the run began with")
+    elif threads.why and fabric.world_size == 1 and fabric.device.type == "cpu":
+        tell(threads.why)
+
+
+def _config_file(settings: Settings, files: RunFiles) -> str:
+    """`config.yaml`, with the command that repeats the run."""
+    threads = torch.get_num_threads()  # the last bit of a sum depends on how many made it
+    command = f"OMP_NUM_THREADS={threads} diffmoe {settings.mode} --config {shlex.quote(str(files.config))}"
+    return "".join(f"# {line}\n" for line in command.splitlines()) + as_yaml(settings)
+
+
+def _draw(figures: Mapping[str, Figure], files: RunFiles, folder: Path, settings: Settings, task: Task) -> None:
     from diffmoe.visualization import figures as drawn
 
     show = settings.visualization
@@ -280,8 +305,8 @@ def _draw(figures: dict[str, Any], files: RunFiles, folder: Path, settings: Sett
 
 def _warn_if_slow(fabric: Fabric, settings: Settings, seconds: float, tell: Tell) -> None:
     if seconds > HOUR and fabric.device.type == "cpu":
-        smaller = "" if settings.run.preset == "tiny" else "; --preset tiny is a smaller model, made for a CPU"
-        tell(f"note: this will take about {seconds / HOUR:.1f} hours on this processor{smaller}")
+        smaller = "" if settings.run.preset == "tiny" else "; --preset tiny, made for a CPU, takes minutes"
+        tell(f"note: about {as_figure(seconds / HOUR)} hours on this processor{smaller}")
 
 
 def _silent(_line: str) -> None:

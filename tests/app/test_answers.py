@@ -299,7 +299,7 @@ class TestAddress:
             (["--host", "192.0.2.1"], "of 192.0.2.1 cannot be used"),
             (["--checkpoints_dir", "missing"], "missing has no model files"),
             (["--checkpoint", "missing.pth"], "checkpoint missing.pth does not exist"),
-            (["--prt", "1"], "unrecognized arguments: --prt 1"),
+            (["--prt", "1"], "unknown flag --prt (did you mean 'port'?)"),
             (["--lang", "fr"], "invalid choice: 'fr'"),
         ],
     )
@@ -315,6 +315,12 @@ class TestAddress:
         result = cli("app", "--port", free_port(), "--checkpoint", model, "--gallery", model)
         assert (result.code, result.err.count("\n")) == (2, 1)
         assert "it must be a folder of pictures" in result.err
+
+    def test_the_gallery_of_a_user_without_a_home(self, cli, folder, free_port, monkeypatch):
+        monkeypatch.setattr("os.path.expanduser", lambda path: path)
+        result = cli("app", "--port", free_port(), "--gallery", "~/pictures")
+        assert (result.code, result.err.count("\n")) == (2, 1)
+        assert "~/pictures begins with ~, and this user has no home" in result.err
 
     def test_without_gradio_it_says_how_to_get_it(self, cli, monkeypatch):
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -180,6 +180,7 @@ def usual(names: list[str]) -> list[Any]:
         "labels": "a,b",
         "block": 1,
         "patch": 1,
+        "theme": "dark",
     }
     return [values.get(name) for name in names]
 
@@ -247,7 +248,7 @@ class TestValues:
                     is_answer, told = page.event(number, data, trigger_id=target)
                     assert is_answer or is_sentence(told, odd), (number, name, str(odd)[:100], told)
                 tried.add(name)
-        assert tried == {"picture", "model", "language", "labels", "query", "folder", "block", "patch"}
+        assert tried == {"picture", "model", "language", "labels", "query", "folder", "block", "patch", "theme"}
 
     def test_too_few_too_many_or_too_deep(self, page):
         deep = [json.loads("[" * depth + "]" * depth) for depth in (100, 300, 900)]

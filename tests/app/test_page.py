@@ -11,10 +11,12 @@ import pytest
 
 pytest.importorskip("playwright", reason="playwright is not there: pip install playwright")
 
+from matplotlib.colors import to_hex
 from PIL import Image
 from playwright.sync_api import BrowserContext, Locator, Page, Position, expect
 
 from diffmoe.app.answers import Answers
+from diffmoe.visualization.colors import DARK
 
 pytestmark = pytest.mark.browser
 
@@ -146,3 +148,63 @@ def test_models_of_other_kinds_and_searching(page: Page, picture: str, answers: 
     page.locator("#search").click()
     best = answers.retrieve("a cat", None, ".", "dense.pth")[0][1]
     expect(page.locator("#found").get_by_text(" ".join(best.split())).first).to_be_visible(timeout=SECONDS)
+
+
+def test_on_a_phone_the_title_is_in_words_and_figures_can_be_read(
+    browser: Callable[..., BrowserContext], served: str, picture: str
+) -> None:
+    context = browser(width=390, height=844)
+    page = context.new_page()
+    page.goto(served)
+    expect(page.locator("#about li").first).to_be_visible(timeout=SECONDS)
+    title = page.locator("#title h2").bounding_box()
+    assert title
+    assert title["height"] < 80  # two lines of it
+    choose(page, "classifier.pth")
+    upload(page, picture)
+    image = page.locator("#routing img")
+    changed(image, None)
+    shown, own = image.evaluate("image => [image.getBoundingClientRect().width, image.naturalWidth * 96 / 130]")
+    assert 0.69 < shown / own <= 1
+    scrolled, room = page.locator("#routing .image-container").evaluate("box => [box.scrollWidth, box.clientWidth]")
+    assert scrolled + 1 > shown > room
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    context.close()
+
+
+def test_in_the_dark_figures_are_dark(browser: Callable[..., BrowserContext], served: str, picture: str) -> None:
+    """When a picture comes, when a slider is moved and when a patch is clicked on."""
+    context = browser(width=1280, height=860, color_scheme="dark")
+    page = context.new_page()
+    page.goto(served)
+    expect(page.locator("#about li").first).to_be_visible(timeout=SECONDS)
+    choose(page, "classifier.pth")
+    expect(page.locator("#about")).to_contain_text("3 classes", timeout=SECONDS)
+    upload(page, picture)
+    routing, attention = page.locator("#routing img"), page.locator("#attention img")
+    before = changed(routing, None)
+    assert corner(routing) == to_hex(DARK.ground)
+    page.locator("#block input[type=range]").focus()
+    page.keyboard.press("ArrowRight")
+    changed(routing, before)
+    assert corner(routing) == to_hex(DARK.ground)
+    tab(page, "Attention")
+    before = changed(attention, None)
+    assert corner(attention) == to_hex(DARK.ground)
+    page.locator("#seen img").click(position=middle_of(page.locator("#seen img"), row=1, column=2))
+    changed(attention, before)
+    assert corner(attention) == to_hex(DARK.ground)
+    context.close()
+
+
+def corner(picture: Locator) -> str:
+    """The colour of a picture's first dot."""
+    red, green, blue = picture.evaluate(
+        """async image => {
+            await image.decode();
+            const canvas = new OffscreenCanvas(1, 1).getContext('2d');
+            canvas.drawImage(image, 0, 0);
+            return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3);
+        }"""
+    )
+    return f"#{red:02x}{green:02x}{blue:02x}"

@@ -71,6 +71,8 @@ def test_files_of_others_are_not_overwritten(captioned: Any, cli: Cli, tmp_path:
         (("{picture}", "--beems", "3"), "unknown flag --beems (did you mean 'beams'?)"),
         (("{picture}", "--beams", "0"), "beams is 0: it must be at least 1"),
         (("{picture}", "--decoding", "best"), "decoding is 'best'"),
+        (("--decoding", "{picture}"), "decoding is '{picture}': it must be one of 'greedy', 'beam', 'sample'"),
+        (("{picture}", "--chekpoint", "a"), "unknown flag --chekpoint (did you mean 'checkpoint'?)"),
         (("nowhere.png",), "nowhere.png"),
         ((), "the following arguments are required: IMAGE"),
     ],
@@ -82,5 +84,25 @@ def test_a_mistake_is_one_line(
     names = {"{picture}": captioned.pictures[0], "{folder}": captioned.folder}
     result = cli("caption", *(names.get(word, word) for word in words), "--checkpoint", captioned.model)
     assert (result.code, result.out, result.err.count("\n")) == (2, "", 1)
-    assert message in result.err
+    assert message.replace("{picture}", str(captioned.pictures[0])) in result.err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", [0, 2, 4])
+def test_a_flag_takes_the_word_behind_it_wherever_it_stands(captioned: Any, cli: Cli, place: int) -> None:
+    pictures = [str(path) for path in captioned.pictures[:2]]
+    flags = ["--checkpoint", captioned.model, "--device", "cpu", "--json"]
+    words = [*pictures, *flags]
+    expected = json.loads(cli("caption", *words, "--decoding", "greedy").out)
+    result = cli("caption", *words[:place], "--decoding", "greedy", *words[place:])
+    assert (result.code, result.err) == (0, "")
+    assert json.loads(result.out) == expected
+    assert [row["image"] for row in expected] == pictures
+
+
+def test_home_in_a_pictures_name(captioned: Any, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(captioned.folder))
+    flags = ("--checkpoint", captioned.model, "--device", "cpu", "--json")
+    expected = json.loads(cli("caption", captioned.pictures[0], *flags).out)
+    (row,) = json.loads(cli("caption", f"~/{captioned.pictures[0].name}", *flags).out)
+    assert row["caption"] == expected[0]["caption"]

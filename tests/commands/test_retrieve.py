@@ -80,6 +80,20 @@ def test_a_dataset_is_split_as_for_the_models_training(
         torch.testing.assert_close(index.embeddings[:5], model.backbone.encode_image(pictures), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("train", ["train", "Train", "TRAIN"])
+def test_a_folder_with_splits_is_a_set_however_they_are_spelt(
+    trained: Any, cli: Cli, flowers: Path, tmp_path: Path, train: str
+) -> None:
+    """Its test split is searched, as the trainer reads it: not all that lies in the folder."""
+    (flowers / "train").rename(flowers / train)
+    flags = ("--checkpoint", trained.model, "--output_dir", tmp_path / "out", "--device", "cpu", "--json")
+    result = cli("retrieve", flowers, "--image", flowers / train / "rose" / "0.png", *flags)
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "this gallery has no captions" in result.err
+    found = json.loads(cli("retrieve", flowers, "--text", "a rose", *flags, "--top", 99).out)["results"]
+    assert {row["item"] for row in found} == {f"flowers test {number}" for number in range(16)}  # 0.7 of 24, by class
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -9,9 +9,22 @@ import pytest
 from diffmoe.config.errors import UserError, check, check_at_least, check_at_most, check_fraction, nearest
 
 
-def test_nearest():
-    assert nearest("top_kk", ["lr", "top_k"]) == " (did you mean 'top_k'?)"
-    assert nearest("zzz", ["lr", "top_k"]) == ""
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("top_kk", "top_k"),
+        ("top-k", "top_k"),
+        ("batch", "batch_size"),  # the only one that begins so
+        ("weight_decy", "weight_decay"),
+        ("dgo", "dog"),
+        ("weight", None),  # two begin so
+        ("class_weights", None),  # its letters are in switch_loss_weight, in their order: another thing altogether
+        ("zzz", None),
+    ],
+)
+def test_nearest_is_really_near(name, meant):
+    known = ["lr", "top_k", "batch_size", "weight_decay", "weight_norm", "switch_loss_weight", "dog"]
+    assert nearest(name, known) == (f" (did you mean '{meant}'?)" if meant else "")
 
 
 def test_a_check_names_the_first_field_that_fails():

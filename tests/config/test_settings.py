@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
+import yaml
 
-from diffmoe.config import UserError
+from diffmoe.config import GenerationConfig, UserError
 from diffmoe.config.recipes import recipe
-from diffmoe.config.settings import FIELDS, GROUPS, Settings, parse_given, parse_settings
+from diffmoe.config.settings import FIELDS, GROUPS, Settings, as_yaml, parse_field, parse_settings
 
 GROUP_OF = {name: group for group, config in GROUPS.items() for name in get_type_hints(config)}
 
 OTHER: dict[str, Any] = {
+    "start_size": 0.75,
     "init": "open_clip:ViT-B-32/laion2b_s34b_b79k",
     "sample_top_p": 0.5,
     "dataset": "cifar10",
@@ -172,6 +175,8 @@ def test_flat_form_trains_and_tests_unless_told():
 WRONG = {
     "--epoch 3": "unknown flag --epoch (did you mean 'epochs'?)",
     "--top-k 3": "unknown flag --top-k (did you mean 'top_k'?)",
+    "--class_weights 1": "unknown flag --class_weights; --help lists all",  # and no other setting that is named alike
+    "--batch 3": "unknown flag --batch (did you mean 'batch_size'?)",
     "--epo 3": "unknown flag --epo",  # no abbreviations: a new field would change what they mean
     "--mode test": "unknown flag --mode",  # `diffmoe train --mode test`
     "--epochs": "--epochs: expected one argument",
@@ -245,11 +250,55 @@ def test_help_names_every_field_with_its_docstring(capsys):
     assert "Routed experts for each token, K." in text
 
 
-def test_given_fields_are_those_of_the_flags_alone() -> None:
-    assert parse_given("generation", ["--beams", "2", "--decoding=beam"], "p") == {"beams": 2, "decoding": "beam"}
-    assert parse_given("generation", [], "p") == {}
-    with pytest.raises(UserError, match="beams"):
-        parse_given("generation", ["--beams", "0"], "p")
+def test_a_field_alone_is_checked_as_in_its_config() -> None:
+    assert parse_field(GenerationConfig, "beams", "2") == 2
+    assert parse_field(GenerationConfig, "decoding", "greedy") == "greedy"
+    with pytest.raises(UserError, match=r"^beams is 0: it must be at least 1$"):
+        parse_field(GenerationConfig, "beams", "0")
+    with pytest.raises(UserError, match=r"^decoding is 'a.png': it must be one of 'greedy', 'beam', 'sample'$"):
+        parse_field(GenerationConfig, "decoding", "a.png")
+
+
+class TestPrinted:
+    """What `--print_config` prints and a run writes, `--config` reads back as the same settings."""
+
+    def printed(self, capsys: pytest.CaptureFixture[str], *argv: str, mode: str | None = "train") -> str:
+        with pytest.raises(SystemExit) as caught:
+            parse_settings([*argv, "--print_config"], mode=mode)
+        assert caught.value.code == 0
+        return capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        "line",
+        [
+            "",
+            "--dataset cifar10 --preset tiny --lr 1e-5 --flip false",
+            "--dataset shapes --num_classes 7 --save_dir 1e5",
+        ],
+    )
+    def test_is_all_of_it(self, capsys, tmp_path, line):
+        path = tmp_path / "my.yaml"
+        path.write_text(self.printed(capsys, *line.split()))
+        again, first = parse("--config", str(path)), parse(*line.split())
+        assert {group: getattr(again, group) for group in GROUPS} == {group: getattr(first, group) for group in GROUPS}
+        assert set(FIELDS) - again.given == {"resume", "overwrite", *({"num_classes"} - first.given)}
+        path.write_text(as_yaml(first))
+        assert parse("--config", str(path)) == again
+
+    def test_of_the_flat_form_has_its_mode(self, capsys, tmp_path):
+        path = tmp_path / "my.yaml"
+        path.write_text(self.printed(capsys, "--mode", "test", mode=None))
+        assert parse("--config", str(path), mode=None).mode == "test"
+
+    def test_does_not_begin_as_the_run_began(self, capsys):
+        """What is repeated with --resume or --overwrite is the user's to say."""
+        told = yaml.safe_load(self.printed(capsys, "--overwrite"))
+        assert not {"resume", "overwrite"} & told.keys()
+
+    def test_a_name_that_is_no_utf8(self, capsys, tmp_path):
+        path, name = tmp_path / "my.yaml", os.fsdecode(b"caf\xe9 \xe6\x97\xa5")
+        path.write_text(self.printed(capsys, "--data_dir", name), encoding="utf-8")
+        assert parse("--config", str(path)).data.data_dir == name
 
 
 class TestHome:

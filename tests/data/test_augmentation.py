@@ -8,7 +8,7 @@ from torch import Generator, Tensor
 from torch.nn.functional import pad
 
 from diffmoe.config import DataConfig
-from diffmoe.data.augmentation import Augmentation, crop_and_flip, cutout, erase, is_mirrored, mix
+from diffmoe.data.augmentation import crop_and_flip, cutout, erase, is_mirrored, mix
 
 
 def pictures(count: int, channels: int = 3, height: int = 7, width: int = 6) -> Tensor:
@@ -27,7 +27,7 @@ def windows(picture: Tensor, padding: int) -> list[list[int]]:
 @given(padding=st.integers(0, 5), channels=st.sampled_from([1, 3]), seed=st.integers(0, 100))
 def test_every_crop_is_a_window_of_its_reflected_picture(padding: int, channels: int, seed: int) -> None:
     images = pictures(4, channels)
-    cropped = crop_and_flip(images, Augmentation(crop_padding=padding), Generator().manual_seed(seed))
+    cropped = crop_and_flip(images, DataConfig(crop_padding=padding), Generator().manual_seed(seed))
     assert cropped.shape == images.shape
     assert cropped.dtype == torch.uint8
     for image, crop in zip(images, cropped, strict=True):
@@ -37,7 +37,7 @@ def test_every_crop_is_a_window_of_its_reflected_picture(padding: int, channels:
 def test_crops_take_every_window_about_equally_often() -> None:
     count, padding = 9000, 1
     images = pictures(1).expand(count, -1, -1, -1)
-    cropped = crop_and_flip(images, Augmentation(crop_padding=padding), Generator().manual_seed(0))
+    cropped = crop_and_flip(images, DataConfig(crop_padding=padding), Generator().manual_seed(0))
     found, times = torch.unique(cropped.flatten(1), dim=0, return_counts=True)
     assert sorted(found.tolist()) == sorted(windows(images[0], padding))
     assert ((times - 1000).abs() < 5 * 1000**0.5).all()  # five standard deviations of a share of 1/9
@@ -45,7 +45,7 @@ def test_crops_take_every_window_about_equally_often() -> None:
 
 def test_half_of_the_pictures_are_mirrored_and_the_others_left() -> None:
     images = pictures(1000)
-    out = crop_and_flip(images, Augmentation(flip=True), Generator().manual_seed(0))
+    out = crop_and_flip(images, DataConfig(flip=True), Generator().manual_seed(0))
     kept = (out == images).flatten(1).all(1)
     mirrored = (out == images.flip(-1)).flatten(1).all(1)
     assert (kept ^ mirrored).all()
@@ -54,7 +54,7 @@ def test_half_of_the_pictures_are_mirrored_and_the_others_left() -> None:
 
 def test_crop_and_flip_together_is_the_mirror_of_a_window() -> None:
     images = pictures(30)
-    out = crop_and_flip(images, Augmentation(crop_padding=2, flip=True), Generator().manual_seed(0))
+    out = crop_and_flip(images, DataConfig(crop_padding=2, flip=True), Generator().manual_seed(0))
     for image, picture in zip(images, out, strict=True):
         allowed = windows(image, 2)
         assert picture.flatten().tolist() in allowed or picture.flip(-1).flatten().tolist() in allowed
@@ -85,13 +85,6 @@ def test_erased_area_is_between_a_fiftieth_and_a_third() -> None:
     assert share.max() > 0.28
 
 
-def test_augmentation_comes_from_the_config() -> None:
-    assert Augmentation.from_config(DataConfig(crop_padding=3, flip=True, erase=0.2)) == Augmentation(3, True, 0.2)
-    given = {"alternate_flip": True, "cutout": 2, "mixup": 0.3, "cutmix": 0.4}
-    assert Augmentation.from_config(DataConfig(**given)) == Augmentation(**given)
-    assert Augmentation.from_config(DataConfig()) == Augmentation()
-
-
 def test_alternate_flip_shows_both_views_of_every_picture_in_any_two_epochs() -> None:
     rows = torch.arange(5000)
     for epoch in range(3):
@@ -107,7 +100,7 @@ def test_alternate_flip_shows_both_views_of_every_picture_in_any_two_epochs() ->
 def test_alternate_flip_takes_the_place_of_flip() -> None:
     images, turn = pictures(40), torch.arange(40) % 3 == 0
     for flip in (False, True):
-        out = crop_and_flip(images, Augmentation(flip=flip, alternate_flip=True), Generator().manual_seed(0), turn)
+        out = crop_and_flip(images, DataConfig(flip=flip, alternate_flip=True), Generator().manual_seed(0), turn)
         expected = torch.where(turn[:, None, None, None], images.flip(-1), images)
         assert torch.equal(out, expected)
 
@@ -128,7 +121,7 @@ def test_cutout_blanks_one_square_of_every_picture_wholly_inside(size: int) -> N
 
 def test_mixup_averages_two_pictures_by_their_shares() -> None:
     images = torch.randn(500, 2, 5, 4, generator=Generator().manual_seed(1))
-    out, other, share = mix(images, Augmentation(mixup=0.8), Generator().manual_seed(0))
+    out, other, share = mix(images, DataConfig(mixup=0.8), Generator().manual_seed(0))
     assert sorted(other.tolist()) == list(range(500))
     own = share[:, None, None, None]
     torch.testing.assert_close(out, own * images + (1 - own) * images[other])
@@ -140,7 +133,7 @@ def test_mixup_averages_two_pictures_by_their_shares() -> None:
 def test_cutmix_puts_a_rectangle_of_another_picture_in_its_place() -> None:
     count, height, width = 500, 12, 8
     images = torch.arange(1.0, count + 1).view(-1, 1, 1, 1).expand(count, 2, height, width)
-    out, other, share = mix(images, Augmentation(cutmix=1.0), Generator().manual_seed(0))
+    out, other, share = mix(images, DataConfig(cutmix=1.0), Generator().manual_seed(0))
     from_other = out[:, 0] != images[:, 0]
     assert torch.equal(out, torch.where(from_other[:, None], images[other], images))
     changed = other != torch.arange(count)
@@ -155,13 +148,13 @@ def test_cutmix_puts_a_rectangle_of_another_picture_in_its_place() -> None:
 
 def test_mixup_and_cutmix_together_is_either_by_chance() -> None:
     images = torch.arange(1.0, 1001).view(-1, 1, 1, 1).expand(1000, 1, 8, 8)
-    out, other, _ = mix(images, Augmentation(mixup=1.0, cutmix=1.0), Generator().manual_seed(0))
+    out, other, _ = mix(images, DataConfig(mixup=1.0, cutmix=1.0), Generator().manual_seed(0))
     is_cut = ((out == images) | (out == images[other])).flatten(1).all(1)
     assert 400 < is_cut.sum() < 620  # some averages are so small a part that they round away
 
 
-@pytest.mark.parametrize("augmentation", [Augmentation(mixup=0.2), Augmentation(cutmix=0.2)])
-def test_a_picture_alone_is_mixed_with_itself(augmentation: Augmentation) -> None:
+@pytest.mark.parametrize("augmentation", [DataConfig(mixup=0.2), DataConfig(cutmix=0.2)])
+def test_a_picture_alone_is_mixed_with_itself(augmentation: DataConfig) -> None:
     images = torch.randn(1, 3, 6, 6)
     out, other, _ = mix(images, augmentation, Generator().manual_seed(0))
     torch.testing.assert_close(out, images)

@@ -70,9 +70,9 @@ def test_splits_are_stratified_and_depend_on_split_seed_alone() -> None:
 
 
 def test_the_summary_counts_pictures_and_what_is_said_of_them(tmp_path: Path) -> None:
-    assert load("digits", 8, 1).summary() == "digits: pictures: 1,295 training, 143 validation, 359 test; 10 classes"
+    assert load("digits", 8, 1).summary() == "digits: 1,295 training, 143 validation, 359 test pictures; 10 classes"
     captions = load(captioned(tmp_path / "w")).summary()
-    assert captions == "w: pictures: 7 training, 1 validation, 2 test; 7 training captions"
+    assert captions == "w: 7 training, 1 validation, 2 test pictures; 7 training captions"
 
 
 # --- Sets of one's own ---

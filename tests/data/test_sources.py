@@ -14,12 +14,14 @@ from PIL import Image
 from tests.data.samples import captioned, labelled, load, pictures
 
 from diffmoe.config import DataConfig, UserError
+from diffmoe.data import sources
 from diffmoe.data.captions import CaptionSplit
 from diffmoe.data.descriptions import class_descriptions, described_sets
+from diffmoe.data.hub import HubSource
+from diffmoe.data.parquet import ParquetSource
 from diffmoe.data.pictures import LazyImages, PictureSpec
 from diffmoe.data.sources import check_dataset, find_source
 from diffmoe.data.splits import Split
-from diffmoe.data.tables import ParquetSource
 
 
 @pytest.mark.parametrize(
@@ -49,6 +51,37 @@ def test_a_set_in_the_working_folder_comes_before_the_hub(
     (tmp_path / "cifar10").mkdir()  # of some other use
     with pytest.raises(UserError, match="from the hub"):
         check_dataset(DataConfig(dataset="cifar10"))
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("photos/pest", r"^dataset is 'photos/pest': there is no such folder \(did you mean 'pets'\?\)$"),
+        ("phtoos/pets", r"^dataset is 'phtoos/pets': there is no such folder \(did you mean 'photos'\?\)$"),
+    ],
+)
+def test_a_mistyped_folder_is_no_question_to_the_hub(
+    picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, says: str
+) -> None:
+    (tmp_path / "photos").mkdir()
+    picture_folder.rename(tmp_path / "photos" / "pets")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sources, "check_hub", lambda _: pytest.fail("the hub was asked"))
+    with pytest.raises(UserError, match=says):
+        check_dataset(DataConfig(dataset=name))
+    monkeypatch.setattr(sources, "is_cached", lambda _: True)
+    monkeypatch.setattr(sources, "check_hub", lambda _: None)
+    assert isinstance(find_source(DataConfig(dataset=name)), HubSource)  # it is what it is called
+
+
+def test_a_name_that_is_like_no_folder_is_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path)
+    asked: list[str] = []
+    monkeypatch.setattr(sources, "check_hub", asked.append)
+    for name in ("somebody/pets", "photos/pets"):
+        find_source(DataConfig(dataset=name))
+    assert asked == ["somebody/pets", "photos/pets"]
 
 
 def test_mistakes_in_data_dir(picture_folder: Path) -> None:

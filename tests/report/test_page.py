@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import base64
 import re
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from diffmoe.config import UserError
 from diffmoe.report.page import LARGEST_SVG, Facts, Section, data_uri, how_to_read, write_report
 from diffmoe.visualization import router_confidence, specialization, style
+from diffmoe.visualization.colors import DARK, LIGHT, theme
 from diffmoe.visualization.language import Language, chinese, say, speaking
 
 EVIL = '<script>alert("x")</script>'
-VOID = {"meta", "img", "input", "br"}
+VOID = {"meta", "img", "input", "br", "source"}
 
 
 class Page(HTMLParser):
@@ -62,10 +65,10 @@ def test_all_that_was_given_is_there_in_order_and_only_as_text(tmp_path: Path) -
     found = page(
         tmp_path,
         Section(
-            EVIL, line(), "reading <1> & so on", note=f"note {EVIL}", table=[("a", EVIL), ("<b>", 0.5), ("c", "d")]
+            EVIL, [line], "reading <1> & so on", note=f"note {EVIL}", table=[("a", EVIL), ("<b>", 0.5), ("c", "d")]
         ),
-        Section("two", [line(), line()], "reading 2"),
-        Section("three", None, ""),
+        Section("two", [line, line], "reading 2"),
+        Section("three", (), ""),
         summary=[(EVIL, EVIL)],
         notes=[EVIL],
         settings=[("embed_dim", 16), ("x", EVIL)],
@@ -93,8 +96,10 @@ def test_all_that_was_given_is_there_in_order_and_only_as_text(tmp_path: Path) -
 
 
 def test_nothing_is_fetched_and_the_browser_would_refuse_to(tmp_path: Path) -> None:
-    found = page(tmp_path, Section("a", [line(), line(5000)], "b"))
-    addresses = [str(attrs[name]) for _, attrs, _ in found.elements for name in ("src", "href") if name in attrs]
+    found = page(tmp_path, Section("a", [line, partial(line, 5000)], "b"))
+    addresses = [
+        str(attrs[name]) for _, attrs, _ in found.elements for name in ("src", "href", "srcset") if name in attrs
+    ]
     assert all(address.startswith(("data:image/", "#")) for address in addresses)
     assert not {"script", "link", "iframe", "object", "base", "form"} & {name for name, _, _ in found.elements}
     css = found.all("style")[0][1]
@@ -116,18 +121,18 @@ def test_a_figure_is_vectors_until_that_is_large(tmp_path: Path) -> None:
 
 
 def test_the_same_figures_make_the_same_page(tmp_path: Path) -> None:
-    paths = [write_report(tmp_path / name, "t", [Section("a", line(), "b")], "en") for name in ("1", "2")]
+    paths = [write_report(tmp_path / name, "t", [Section("a", [line], "b")], "en") for name in ("1", "2")]
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
 def test_sections_may_be_made_one_by_one_and_speak_the_language_of_the_page(tmp_path: Path) -> None:
     def sections():
-        yield Section("a", line(), how_to_read(confusion))
-        yield Section(say("Confusion matrix"), None, "")
+        yield Section("a", [line], how_to_read(confusion))
+        yield Section(say("Confusion matrix"), (), "")
 
     @style.styled()
     def confusion() -> Figure:
-        """How to read it: a row is a true class, a dark cell off the diagonal the class that it is mistaken for."""
+        """How to read it: a row is a true class, a coloured cell off the diagonal the class that it is mistaken for."""
         return line()
 
     path = write_report(tmp_path / "zh.html", "t", sections(), "zh")
@@ -162,7 +167,9 @@ def test_how_to_read_needs_its_sentence() -> None:
         how_to_read(draw)
 
 
-@pytest.mark.parametrize("needed", ["prefers-color-scheme: dark", "@media print", "max-width: 100%; height: auto"])
+@pytest.mark.parametrize(
+    "needed", ["prefers-color-scheme: dark", "@media print", "max-width: max(100%, .7 * var(--own)); height: auto"]
+)
 def test_the_page_is_for_dark_rooms_paper_and_phones(tmp_path: Path, needed: str) -> None:
     found = page(tmp_path)
     assert needed in found.all("style")[0][1]
@@ -194,3 +201,24 @@ def test_words_can_be_read_in_both_themes(tmp_path: Path, theme: int) -> None:
     for ink in ("ink", "muted", "link"):
         for ground in ("page", "raised"):
             assert contrast(css, theme, ink, ground) >= 4.5
+
+
+def test_each_figure_is_drawn_for_the_light_and_for_the_dark(tmp_path: Path) -> None:
+    drawn = []
+    found = page(tmp_path, Section("a", [lambda: drawn.append(theme()) or line()], "b"))
+    assert drawn == [LIGHT, DARK]
+    (source,), (image,) = ([attrs for attrs, _ in found.all(tag)] for tag in ("source", "img"))
+    assert source["media"] == "screen and (prefers-color-scheme: dark)"
+    light, dark = (
+        base64.b64decode(str(address).removeprefix("data:image/svg+xml;base64,")).decode()
+        for address in (image["src"], source["srcset"])
+    )
+    assert DARK.ground.lower() in dark
+    assert DARK.ground.lower() not in light
+
+
+def test_a_figures_card_has_the_ground_of_its_figure(tmp_path: Path) -> None:
+    css = page(tmp_path).all("style")[0][1]
+    assert re.findall(r"--raised: (#[0-9a-f]{6});", css)[:2] == ["#ffffff", DARK.ground.lower()]
+    assert to_hex(LIGHT.ground) == "#ffffff"
+    assert "background: var(--raised)" in re.findall(r"\.card \{(.*?)\}", css, re.DOTALL)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -14,15 +15,19 @@ import torch
 
 pytest.importorskip("playwright", reason="playwright is not there: pip install playwright")
 
+from matplotlib.colors import to_rgb
+from PIL import Image
 from playwright.sync_api import BrowserContext, Page
 
 from diffmoe.cli import main
 from diffmoe.model.heads import ImageClassifier
 from diffmoe.storage.model_files import load_model_file, save_model
+from diffmoe.visualization.colors import DARK
 
 pytestmark = pytest.mark.browser
 
 PHONE = {"width": 390, "height": 844}
+GROUND = [round(255 * channel) for channel in to_rgb(DARK.ground)]
 
 
 def report(checkpoint: Path, folder: Path, *flags: str) -> Path:
@@ -58,8 +63,8 @@ def chinese(
 
 
 def opened(browser: Callable[..., BrowserContext], path: Path, **options: Any) -> tuple[Page, list[str]]:
-    """The report, loaded, and all addresses that it asked for."""
-    context = browser(**PHONE, **options)
+    """The report, loaded, on a phone unless `options` say otherwise, and all addresses that it asked for."""
+    context = browser(**PHONE | options)
     asked: list[str] = []
     context.on("request", lambda request: asked.append(request.url))
     page = context.new_page()
@@ -100,3 +105,47 @@ def test_chinese_is_chinese(browser: Callable[..., Any], chinese: Path) -> None:
         assert re.search("[\u4e00-\u9fff]", heading), heading
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
     assert {url for url in asked if not url.startswith(("data:", "blob:"))} == {chinese.as_uri()}
+
+
+@pytest.mark.parametrize("width", [PHONE["width"], 1280])
+def test_what_is_written_in_figures_is_never_too_small_to_read(
+    browser: Callable[..., Any], english: Path, width: int
+) -> None:
+    """A figure is at most a third smaller than drawn; where that is wider than the page, its card is scrolled."""
+    page, _ = opened(browser, english, width=width)
+    cards = page.evaluate(
+        """() => [...document.querySelectorAll('.card')].map(card => {
+            const image = card.querySelector('img');
+            return [image.width / image.getAttribute('width'), image.width, card.clientWidth, card.scrollWidth];
+        })"""
+    )
+    for scale, shown, card, scrolled in cards:
+        assert 0.69 < scale <= 1
+        assert scrolled >= shown
+        assert card <= width
+    assert any(scrolled > card for _, _, card, scrolled in cards) is (width == PHONE["width"])
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_the_column_of_scores_is_not_cut_on_a_phone(browser: Callable[..., Any], english: Path) -> None:
+    page, _ = opened(browser, english)
+    rows = page.locator("#s1 td").evaluate_all("cells => cells.map(cell => cell.getBoundingClientRect().right)")
+    assert len(rows) == 5
+    assert max(rows) <= PHONE["width"]
+    scrolled = page.locator("#s1 .scroll").evaluate("box => box.scrollWidth - box.clientWidth")
+    assert scrolled <= 0
+
+
+def test_in_the_dark_figures_are_no_white_cards(browser: Callable[..., Any], english: Path) -> None:
+    """At all their edges they have the ground of the dark; on paper they are those of the light."""
+    page, _ = opened(browser, english, color_scheme="dark")
+    for image in page.locator(".card img").all()[:4]:
+        shot = Image.open(io.BytesIO(image.screenshot())).convert("RGB")
+        for corner in ((1, 1), (1, shot.height - 2)):
+            assert max(abs(a - b) for a, b in zip(shot.getpixel(corner), GROUND, strict=True)) < 6  # pyright: ignore
+    dark = page.locator(".card img").evaluate_all("images => images.map(image => image.currentSrc)")
+    page.emulate_media(color_scheme="light")
+    light = page.locator(".card img").evaluate_all("images => images.map(image => image.currentSrc)")
+    assert not set(dark) & set(light)
+    page.emulate_media(color_scheme="dark", media="print")
+    assert page.locator(".card img").evaluate_all("images => images.map(image => image.currentSrc)") == light

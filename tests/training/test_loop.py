@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
+import re
 import signal
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +20,7 @@ from torch import Tensor
 from diffmoe.config import TrainingConfig, UserError
 from diffmoe.model.heads import Head, Score
 from diffmoe.model.outputs import Output
+from diffmoe.training import display, loop
 from diffmoe.training.loop import Hooks, Progress, StopRequested, fit
 from diffmoe.training.objective import Trainee
 from diffmoe.training.optimizer import learning_rate
@@ -31,6 +35,7 @@ class Recorder:
         self.checkpoints: list[int] = []
         self.rows: list[dict[str, float]] = []
         self.estimates: list[float] = []
+        self.lines: list[str] = []
 
     def validate(self) -> dict[str, float]:
         self.at_epoch_end()
@@ -48,6 +53,7 @@ class Recorder:
             save=self.save,
             tell=lambda progress: self.rows.append(progress.history[-1]),
             estimate=self.estimates.append,
+            say=self.lines.append,
         )
 
 
@@ -104,10 +110,37 @@ class TestFit:
         assert row["images_per_second"] == pytest.approx(8 / row["seconds"])
         assert list(row)[:5] == ["epoch", "step", "lr", "train_loss", "train_accuracy"]
 
-    def test_estimates_the_time_once_after_20_steps(self):
+    @pytest.mark.parametrize(
+        ("seconds", "at_step", "of_a_step"),
+        [
+            ([0.5, 0.2, 9.0], 2, 0.2),  # the first one warms up
+            ([0.2, 0.5, 9.0], 2, 0.2),  # or the machine was interrupted in the second
+            ([7.0, 6.0, 9.0], 1, 7.0),  # nobody is made to wait for another one
+        ],
+    )
+    def test_estimates_the_time_that_is_left_once_after_a_step_or_two(self, monkeypatch, seconds, at_step, of_a_step):
+        now, took = [0.0], itertools.chain(seconds, itertools.repeat(1.0))
+        original = Trainee.step
+
+        def step(*args: Any) -> Any:
+            now[0] += next(took)
+            return original(*args)
+
+        monkeypatch.setattr(Trainee, "step", step)
+        monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now[0]))
         recorder = Recorder()
         run_fit(recorder, sizes=(1,) * 15, epochs=3)
-        assert len(recorder.estimates) == 1
+        assert recorder.estimates == [pytest.approx(of_a_step * (45 - at_step))]
+
+    def test_where_nobody_has_a_terminal_lines_say_loss_rate_and_time_left(self, monkeypatch):
+        monkeypatch.setattr(display, "LEAST_SECONDS", 0.0)
+        monkeypatch.setattr(display, "PAUSE", 0.0)
+        recorder = Recorder()
+        run_fit(recorder, epochs=2)
+        assert len(recorder.lines) == 6
+        for number, line in enumerate(recorder.lines):
+            at = f"epoch {number // 3 + 1}/2  step {number % 3 + 1}/3"
+            assert re.fullmatch(rf"{at}  loss \d+\.\d{{3}}  accuracy 0\.0%  [\d,.]+ images/s  00:00:\d\d left", line)
 
     def test_a_loss_that_is_not_finite_is_one_line(self):
         with pytest.raises(UserError, match=r"the loss is (inf|nan) at step 3: lower --lr"):

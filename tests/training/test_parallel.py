@@ -149,6 +149,6 @@ class TestTwoRanks:
         pairs = zip(first["model"].items(), second["model"].values(), strict=True)
         assert [name for (name, one), other in pairs if not torch.equal(one, other)] == []
         assert (first["step"], first["validation"]) == (second["step"], second["validation"])
-        assert "digits: pictures: 269 training" in ranks.out
+        assert "digits: 269 training" in ranks.out
         assert ranks.out.count("epoch 2/2") == 1
         assert cli("predict", "--checkpoint", ranks.folder / "digits_model.pth", *drawn).code == 0

@@ -41,7 +41,7 @@ def run(
     def validate() -> dict[str, float]:
         return validation[min(progress.epoch, len(validation) - 1)]
 
-    hooks = Hooks(validate, lambda progress: saved.append(progress.step), lambda _: None, lambda _: None)
+    hooks = Hooks(validate, lambda progress: saved.append(progress.step), *[lambda _: None] * 3)
     trainee = make_trainee(model, fabric, **config)
     batches = ListBatches(4, 4, 2, seed=fabric.global_rank)
     try:

@@ -20,6 +20,7 @@ from matplotlib.text import Text
 from tests.visualization.readable import assert_apart
 
 from diffmoe.visualization import caption_sheet, ranked_texts, retrieval_grid, speaking, style
+from diffmoe.visualization.colors import LIGHT
 from diffmoe.visualization.language import Language
 
 TEXTS = (
@@ -136,7 +137,7 @@ class TestCaptionSheet:
         for axes, image, *texts in zip(figure.axes, images, captions, references, strict=True):
             assert_shows(axes, image)
             assert written(axes) == texts
-            assert [text.get_color() for text in axes.texts] == [style.INK, style.MUTED]
+            assert [text.get_color() for text in axes.texts] == [LIGHT.ink, LIGHT.muted]
 
     def test_new_pairs_are_marked_in_both_languages(self) -> None:
         marks: dict[Language, str] = {"en": "new pair", "zh": "新组合"}
@@ -201,7 +202,7 @@ class TestRetrievalGrid:
             assert written(axes) == [f"{'✓ ' if is_right else ''}{scores[row].item():.3f}"]
             assert axes.spines["left"].get_visible() == is_right
             if is_right:
-                assert axes.spines["left"].get_edgecolor()[:3] == to_rgb(style.RIGHT_COLOR)
+                assert axes.spines["left"].get_edgecolor()[:3] == to_rgb(LIGHT.right)
         assert_readable(figure)
 
     def test_without_a_right_one_nothing_is_marked(self) -> None:

@@ -27,7 +27,7 @@ from diffmoe.evaluation.experts import (
     tokens_per_expert,
 )
 from diffmoe.evaluation.history import routing_metrics
-from diffmoe.visualization import style
+from diffmoe.visualization.colors import BLACK, expert_color, ink_on
 from diffmoe.visualization.experts import (
     ablation_map,
     coactivation_map,
@@ -38,9 +38,8 @@ from diffmoe.visualization.experts import (
     specialization,
     utilization,
 )
-from diffmoe.visualization.marks import block_name, ink_on
+from diffmoe.visualization.marks import block_name
 from diffmoe.visualization.patches import LEAST_CORNER, patch_size, routing_picture, routing_sheet, surroundings
-from diffmoe.visualization.style import expert_color
 
 PLACES = (("image", 0), ("image", 1), ("text", 0), ("fusion", 0))
 
@@ -495,4 +494,4 @@ def test_what_stands_on_a_colour_can_be_read():
     for expert in range(16):
         dark, light = sorted((luminance(expert_color(expert)), luminance(ink_on(expert_color(expert)))))
         assert (light + 0.05) / (dark + 0.05) > 3, expert
-    assert ink_on("#FFFFFF") == style.INK
+    assert ink_on("#FFFFFF") == BLACK

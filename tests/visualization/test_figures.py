@@ -29,6 +29,7 @@ from diffmoe.visualization import (
     style,
     training_curves,
 )
+from diffmoe.visualization.colors import LIGHT
 
 AUXILIARY = ("router_z_loss", "router_balance_loss", "cross_modal_loss", "contrastive_loss")
 LONG_NAME = "a name that goes on for much longer than any label can"
@@ -216,7 +217,7 @@ class TestPredictionGrid:
             wrong += not is_right
             assert guess == f"{'✓' if is_right else '✗'} {drawn[int(predicted)]} ({confidence.item():.0%})"
             assert truth == ("" if is_right else f"true: {drawn[int(labels[i])]}")
-            color = style.RIGHT_COLOR if is_right else style.WRONG_COLOR
+            color = LIGHT.right if is_right else LIGHT.wrong
             assert axes.xaxis.label.get_color() == color
             assert axes.spines["left"].get_edgecolor()[:3] == to_rgb(color)
         assert len(figure.axes) == count

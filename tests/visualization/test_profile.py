@@ -11,6 +11,7 @@ from tests.visualization.readable import assert_apart
 
 from diffmoe.profiling.parts import ORDER
 from diffmoe.visualization import profile, style
+from diffmoe.visualization.colors import BLUE, VERMILLION
 from diffmoe.visualization.language import speaking
 
 COSTS: list[dict[str, Any]] = [
@@ -61,7 +62,7 @@ def test_throughput_beside_dense() -> None:
         moe, dense = axes.lines
         assert list(moe.get_ydata()) == pytest.approx([50 / factor] * 3)  # pyright: ignore
         assert list(dense.get_ydata()) == pytest.approx([100 / factor] * 3)  # pyright: ignore
-        assert (moe.get_color(), dense.get_color()) == (style.BLUE, style.VERMILLION)
+        assert (moe.get_color(), dense.get_color()) == (BLUE, VERMILLION)
         assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "8", "64"]
 
 

@@ -18,6 +18,7 @@ from diffmoe.app.guard import GuardedBlocks
 from diffmoe.app.picture_input import PictureInput
 from diffmoe.app.seen import not_on_picture, patch_at
 from diffmoe.app.texts import texts
+from diffmoe.visualization.colors import THEMES, shown_in
 from diffmoe.visualization.language import Language, speaking
 from diffmoe.visualization.style import styled
 
@@ -25,6 +26,7 @@ DPI = 130
 MOST = 10_000
 """Of a slider before a model is known; `Answers` says what is too much."""
 HIDDEN: dict[str, Any] = {"api_visibility": "private"}
+BROWSERS_THEME = "() => document.body.classList.contains('dark') ? 'dark' : 'light'"
 
 
 class Page:
@@ -54,6 +56,7 @@ class Page:
             languages = [("English", "en"), ("中文", "zh")]
             plain = {"show_label": False, "container": False, "scale": 0, "min_width": 300}
             self._add(gr.Radio, "language", choices=languages, value=language, **plain)
+        self._add(gr.Radio, "theme", choices=list(THEMES), value="light", visible=False)
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 self._add(PictureInput, "picture", type="filepath", sources=["upload", "clipboard"], height=260)
@@ -62,8 +65,8 @@ class Page:
                 self._add(gr.Dropdown, "model", choices=names, value=names[0], allow_custom_value=True)
                 self._add(gr.Markdown, "about")
                 # Nobody has to press these: they carry the endpoints of what comes by itself.
-                self._add(gr.Button, "predict", visible=False)
-                self._add(gr.Button, "write", visible=False)
+                for name in ("predict", "write", "route", "look"):
+                    self._add(gr.Button, name, visible=False)
             with gr.Column(scale=5, min_width=320), gr.Tabs():
                 self._lay_out_tabs()
 
@@ -111,28 +114,38 @@ class Page:
         def retrieve(text: str, picture: str | None, folder: str, model: str | None, language: Language) -> Any:
             return answers.retrieve(text, picture, folder, model)
 
-        def routing(picture: str | None, block: int, model: str | None, language: Language) -> Image.Image:
-            return drawn(answers.routing(picture, block, model))
+        def routing(
+            picture: str | None, block: int, model: str | None, language: Language, theme: str = "light"
+        ) -> Any:
+            with shown_in(THEMES[theme]):
+                return drawn(answers.routing(picture, block, model))
 
-        def attention(picture: str | None, patch: int, model: str | None, language: Language) -> Any:
-            return drawn(answers.attention(picture, patch, model)), answers.seen(picture, patch, model)
+        def attention(
+            picture: str | None, patch: int, model: str | None, language: Language, theme: str = "light"
+        ) -> Any:
+            with shown_in(THEMES[theme]):
+                return drawn(answers.attention(picture, patch, model)), answers.seen(picture, patch, model)
 
-        def connect(event: Any, answer: Callable[..., Any], inputs: str, outputs: str) -> None:
+        def connect(event: Any, answer: Callable[..., Any], inputs: str, outputs: str, **options: Any) -> None:
             given, shown = ([parts[name] for name in names.split()] for names in (inputs, outputs))
-            event(answer, given, shown, api_name=answer.__name__, trigger_mode="always_last")
+            options = options or {"api_name": answer.__name__}
+            event(answer, given, shown, trigger_mode="always_last", **options)
 
         connect(parts["predict"].click, predict, "picture model language", "classes")
         connect(parts["compare"].click, zero_shot, "picture labels model language", "likely")
         connect(parts["write"].click, caption, "picture model language", "caption")
         connect(parts["search"].click, retrieve, "query picture folder model language", "found")
-        connect(parts["block"].input, routing, "picture block model language", "routing")
-        connect(parts["patch"].input, attention, "picture patch model language", "attention seen")
+        connect(parts["route"].click, routing, "picture block model language", "routing")
+        connect(parts["look"].click, attention, "picture patch model language", "attention seen")
+        # What the page itself asks for is drawn for the light or for the dark.
+        connect(parts["block"].input, routing, "picture block model language theme", "routing", **HIDDEN)
+        connect(parts["patch"].input, attention, "picture patch model language theme", "attention seen", **HIDDEN)
         self._attention = attention
 
     def _connect_page(self) -> None:
         """What follows a new picture, another model, another language, a click on a patch."""
         parts = self.parts
-        looked = [parts[name] for name in ("picture", "model", "block", "patch", "language")]
+        looked = [parts[name] for name in ("picture", "model", "block", "patch", "language", "theme")]
         shown = [parts[name] for name in ("classes", "caption", "routing", "attention", "seen")]
         chosen = [parts["model"], parts["language"]]
         fitted = [parts[name] for name in ("classes", "caption", "dense", "block", "patch")]
@@ -142,6 +155,7 @@ class Page:
 
         parts["picture"].upload(self._show, looked, shown, **HIDDEN)
         parts["picture"].clear(self._show, looked, shown, **HIDDEN)
+        self.blocks.load(None, None, parts["theme"], js=BROWSERS_THEME, **HIDDEN)
         listed = self.blocks.load(self._models, None, parts["model"], **HIDDEN)
         for begin in (listed.then, parts["model"].change):
             told = begin(about, chosen, parts["about"], **HIDDEN)
@@ -151,11 +165,11 @@ class Page:
         retold = relabelled.then(about, chosen, parts["about"], **HIDDEN)
         retold.success(self._show, looked, shown, **HIDDEN)
         clicked = parts["seen"].select(self._clicked, parts["model"], parts["patch"], **HIDDEN)
-        asked = [parts[name] for name in ("picture", "patch", "model", "language")]
+        asked = [parts[name] for name in ("picture", "patch", "model", "language", "theme")]
         clicked.success(self._attention, asked, [parts["attention"], parts["seen"]], **HIDDEN)
 
     def _show(
-        self, picture: str | None, model: str | None, block: int, patch: int, language: Language
+        self, picture: str | None, model: str | None, block: int, patch: int, language: Language, theme: str
     ) -> Iterator[dict[Any, Any]]:
         """All that is shown of a picture: an old one's is cleared, then the answer comes, at last both maps.
 
@@ -174,9 +188,10 @@ class Page:
         else:
             shown[parts["caption"]] = answers.caption(picture, model)
         yield shown
-        if not answers.models.open(model).model.config.dense:
-            shown[parts["routing"]] = drawn(answers.routing(picture, block, model))
-        shown[parts["attention"]] = drawn(answers.attention(picture, patch, model))
+        with shown_in(THEMES[theme]):
+            if not answers.models.open(model).model.config.dense:
+                shown[parts["routing"]] = drawn(answers.routing(picture, block, model))
+            shown[parts["attention"]] = drawn(answers.attention(picture, patch, model))
         shown[parts["seen"]] = answers.seen(picture, patch, model)
         yield shown
 

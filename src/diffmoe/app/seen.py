@@ -9,8 +9,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from diffmoe.config import ModelConfig, UserError
+from diffmoe.visualization.colors import VERMILLION
 from diffmoe.visualization.language import say
-from diffmoe.visualization.style import VERMILLION
 
 SIDE = 448
 """Dots of the enlarged picture, about."""

@@ -8,6 +8,7 @@ from gradio import themes
 from diffmoe.app.guard import APP_SETTINGS
 from diffmoe.app.uploads import MAX_BYTES
 from diffmoe.config import UserError
+from diffmoe.visualization.colors import DARK
 
 FONT = ("system-ui", "-apple-system", "Segoe UI", "Noto Sans CJK SC", "WenQuanYi Micro Hei", "sans-serif")
 CSS = """
@@ -18,7 +19,16 @@ CSS = """
 #about ul {font-size: 0.9em; margin: 0; padding-left: 1.4em}
 #language label {white-space: nowrap}
 #routing img {max-height: 560px; object-fit: contain}
+#title {flex-basis: 18rem}
+/* On a phone a figure is not shrunk until nothing in it can be read: it is moved sideways. */
+@media (max-width: 640px) {
+  #routing .image-container, #attention .image-container {overflow-x: auto; padding-top: 2rem}
+  #routing .image-container > button, #attention .image-container > button {width: max-content; min-width: 100%}
+  #routing .image-frame, #attention .image-frame {width: max-content}
+  #routing img, #attention img {width: auto; height: auto; max-width: none; max-height: none; zoom: 0.58}
+}
 """
+CSS += f".dark #routing, .dark #attention {{background: {DARK.ground}}}"  # that of the figures
 
 
 def launch(page: gr.Blocks, host: str, port: int) -> None:

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffmoe.commands.parsing import list_fields, model_parser, show
+from diffmoe.commands.parsing import model_parser, show
 from diffmoe.config import GenerationConfig, UserError, expanded
-from diffmoe.config.settings import parse_given
 
 OUTPUT_DIR = "visualizations/captions"
 SHEET_FILE = "captions.png"
@@ -22,12 +21,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--output_dir", type=expanded, help=where)
     parser.add_argument("--overwrite", action="store_true", help="replace files of these names that are not its own")
     parser.epilog = "What is not given of the following is as the recipe of the model's dataset has it."
-    list_fields(parser, GenerationConfig)
-    args, rest = parser.parse_known_args(argv)
-    given = parse_given("generation", rest, prog="diffmoe caption")
+    parser.add_fields(GenerationConfig)
+    args = parser.parse(argv)
     options = {name: getattr(args, name) for name in ("seed", "overwrite", "device")}
     folder = args.output_dir or (None if args.json else OUTPUT_DIR)
-    rows = caption(args.images, args.checkpoint, given, output_dir=folder, **options)
+    rows = caption(args.images, args.checkpoint, args.fields, output_dir=folder, **options)
     return show(rows, args.json, lambda rows: [print(f"{row['image']}: {row['caption']}") for row in rows])
 
 
@@ -40,7 +38,7 @@ def caption(
     output_dir: str | None,
     device: str,
     overwrite: bool = False,
-) -> list[dict[str, Any]]:
+) -> list[dict[str, str]]:
     """A caption for each picture file, saved as `captions.json` and drawn as `captions.png` in `output_dir`, if any.
 
     What an earlier call wrote is replaced; other files of these names only where told to `overwrite`. Its own are a

@@ -3,34 +3,74 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from diffmoe.config import UserError, expanded
+from diffmoe.config import UserError, expanded, nearest
+from diffmoe.config.settings import parse_field
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
-def bare_parser(command: str, description: str) -> argparse.ArgumentParser:
-    """A parser without flags, whose errors are one line."""
-    parser = argparse.ArgumentParser(prog=f"diffmoe {command}", description=description, allow_abbrev=False)
+class Parser(argparse.ArgumentParser):
+    """One whose errors are one line; what is no flag of its own has the nearest named."""
 
-    def error(message: str) -> NoReturn:
-        raise UserError(f"{message}; {parser.prog} --help lists all flags")  # argparse's own is two lines and an exit
+    def __init__(self, command: str, description: str) -> None:
+        super().__init__(prog=f"diffmoe {command}", description=description, allow_abbrev=False)
+        self.configs: list[type] = []
 
-    parser.error = error
-    return parser
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; {self.prog} --help lists all flags")  # argparse's own is two lines and an exit
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """All of a command line. Raises `UserError`."""
+        parsed, rest = self.parse_known_args(argv)
+        known = [flag.removeprefix("--") for flag in self._option_string_actions if flag.startswith("--")]
+        for word in rest:
+            if word.startswith("--"):
+                name = word.removeprefix("--").partition("=")[0]
+                self.error(f"unknown flag --{name}{nearest(name, known)}")
+        if rest:
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        return parsed
+
+    def add_fields(self, config: type) -> None:
+        """The fields of a config as flags; those that are given are the dict `fields` of what is parsed.
+
+        In the help they stand as in that of `train`.
+        """
+        self.configs.append(config)
+        self.set_defaults(fields={})
+
+        class Field(argparse.Action):
+            """Checked on the spot: what follows a flag is its value, never one of the pictures."""
+
+            def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+                namespace.fields = {**namespace.fields, self.dest: parse_field(config, self.dest, values)}
+
+        for field in dataclasses.fields(config):
+            self.add_argument(f"--{field.name}", action=Field, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+    def format_help(self) -> str:
+        set_parsing_settings(docstring_parse_attribute_docstrings=True)
+        told = [super().format_help()]
+        for config in self.configs:
+            listed = ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
+            listed.add_class_arguments(config, nested_key=None)
+            told.append(listed.format_help())
+        return "\n".join(told)
 
 
-def model_parser(command: str, description: str, images: str | None = None) -> argparse.ArgumentParser:
+def model_parser(command: str, description: str, images: str | None = None) -> Parser:
     """A parser with the flags that all uses of a model share."""
-    parser = bare_parser(command, description)
+    parser = Parser(command, description)
     if images:
         parser.add_argument("images", nargs=images, metavar="IMAGE", help="picture files of any size and kind")
     parser.add_argument(
@@ -48,19 +88,6 @@ def unread_is_no_error() -> Iterator[None]:
         yield
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def list_fields(parser: argparse.ArgumentParser, config: type) -> None:
-    """Add the fields of a config, which are flags too (`parse_group`), to the help, as that of `train` has them."""
-    own = parser.format_help
-
-    def format_help() -> str:
-        set_parsing_settings(docstring_parse_attribute_docstrings=True)
-        fields = ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
-        fields.add_class_arguments(config, nested_key=None)
-        return f"{own()}\n{fields.format_help()}"
-
-    parser.format_help = format_help
 
 
 def show(results: Any, as_json: bool, table: Callable[[Any], object]) -> int:

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffmoe.commands.parsing import bare_parser, show
+from diffmoe.commands.parsing import Parser, show
 from diffmoe.config import EMBEDDED_DATASETS, HUB_DATASETS, UserError
 from diffmoe.config.settings import Settings, parse_settings
 
@@ -30,7 +30,7 @@ NOTES = (
 
 def main(argv: Sequence[str]) -> int:
     """Profile a model."""
-    parser = bare_parser("profile", "What a model costs, by part: a trained one, or a fresh one of any settings.")
+    parser = Parser("profile", "What a model costs, by part: a trained one, or a fresh one of any settings.")
     parser.epilog = (
         "Also the flags of `diffmoe train`: --checkpoint, --dataset, --data_dir, --preset, --batch_size (of the step "
         "that is taken apart), --seed, --device, --output_dir, and every field of the model."
@@ -72,6 +72,7 @@ def profile(settings: Settings, batch_sizes: Sequence[int], steps: int, trace: b
         check_fits(settings, trained.config, Path(run.checkpoint))
         dataset = settings.data.dataset if "dataset" in settings.given else loaded.data.dataset
         settings = replace(settings, data=replace(settings.data, dataset=dataset), model=trained.config)
+        loaded.data.check_source(settings.data, run.checkpoint)
     folder = pictures_folder(settings) / "profile"
     check_writable(folder)
     check_outside_data(folder, settings.data, "output_dir", "visualizations")
@@ -103,19 +104,11 @@ def _profile(
     parts, peak, recorded = measure(one, lambda: draw(size), is_real, steps)
     groups = grouped(parts)
     speeds = [*tqdm(race(contenders, batch_sizes, draw, steps), "throughput", leave=False, disable=None)]
-    pictures = {"costs": costs_by_part(groups), "throughput": throughput(speeds)}
+    drawn = {"costs": costs_by_part(groups), "throughput": throughput(speeds)}
     if trace:
         write_atomically(folder / "trace.json", lambda unfinished: recorded.export_chrome_trace(str(unfinished)))
     return {
-        "dataset": settings.data.dataset,
-        "checkpoint": run.checkpoint,
-        "task": type(model).__name__,
-        "model": asdict(model.config),
-        "device": str(fabric.device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "batch_size": size,
-        "steps": steps,
+        **_setting(settings, one, steps),
         **_totals(one, draw(size)),
         "dense": _totals(twins[0], draw(size)) if twins else None,
         "step_ms": sum(row["ms"] for row in parts),
@@ -126,12 +119,29 @@ def _profile(
         "grouped": groups,
         "throughput": speeds,
         "notes": [*notes, *(note.format(steps=steps) for note in NOTES)],
-        "pictures": [str(save(f, folder / f"{name}.{show.figure_format}", show.dpi)) for name, f in pictures.items()],
+        "pictures": [str(save(f, folder / f"{name}.{show.figure_format}", show.dpi)) for name, f in drawn.items()],
         "trace": str(folder / "trace.json") if trace else None,
     }
 
 
-def _totals(contender: Contender, batch: Batch) -> dict[str, Any]:
+def _setting(settings: Settings, contender: Contender, steps: int) -> dict[str, object]:
+    """What is profiled, and where."""
+    import torch
+
+    return {
+        "dataset": settings.data.dataset,
+        "checkpoint": settings.run.checkpoint,
+        "task": type(contender.model).__name__,
+        "model": asdict(contender.model.config),
+        "device": str(contender.fabric.device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "batch_size": contender.config.batch_size,
+        "steps": steps,
+    }
+
+
+def _totals(contender: Contender, batch: Batch) -> dict[str, float]:
     """Parameters, and FLOPs of each picture of a batch."""
     from diffmoe.model.parameters import parameter_counts
     from diffmoe.profiling.costs import flop_counter

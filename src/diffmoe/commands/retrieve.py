@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
     parser = model_parser("retrieve", "Find pictures by a text, or texts by a picture.")
     parser.add_argument("gallery", type=expanded, help="a folder of pictures, or a dataset")
     parser.add_argument("--text", help="asks for pictures of the gallery")
-    parser.add_argument("--image", type=expanded, help="a picture file; asks for texts")
+    parser.add_argument("--image", help="a picture file; asks for texts")
     parser.add_argument("--sentences", type=expanded, help="file of texts, one a line; default: the gallery's captions")
     parser.add_argument("--data_dir", help="folder that holds the dataset")
     parser.add_argument("--split", default="test", help="split of a dataset (default: test)")
@@ -32,14 +32,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--overwrite", action="store_true", help="make the index again where it does not fit")
     parser.add_argument("--top", type=int, default=8, help="how many to find (default: 8)")
     parser.add_argument("--output_dir", default="visualizations", type=expanded, help="for the index and the picture")
-    args = vars(parser.parse_args(argv))
+    args = vars(parser.parse(argv))
     as_json = args.pop("json")
     if args["top"] < 1:
         raise UserError(f"top is {args['top']}: it must be at least 1")
     return show(retrieve(args.pop("checkpoint"), args.pop("gallery"), **args), as_json, _print_found)
 
 
-def _print_found(found: dict[str, Any]) -> None:
+def _print_found(found: Mapping[str, Any]) -> None:
     for row in found["results"]:
         print(f"  {row['similarity']:6.3f}  {row['item']}")
     print(f"picture: {found['picture']}   index: {found['index']}")
@@ -74,19 +74,8 @@ def retrieve(
 ) -> dict[str, Any]:
     """Search, and draw what was found: `{query, index, picture, results: [{item, similarity}]}`.
 
-    Args:
-        checkpoint: model file.
-        gallery: a folder of pictures, or a dataset (its `split`).
-        text: asks for pictures of the gallery.
-        image: a picture file; asks for texts.
-        sentences: file of texts, one a line; default: the gallery's captions.
-        data_dir: folder that holds the dataset.
-        split: of a dataset: train, validation or test.
-        index: file that keeps the embeddings; default `<output_dir>/<gallery>/<pictures or texts>.safetensors`.
-        overwrite: make the index again where it is of another model or gallery.
-        top: how many to find.
-        output_dir: for the index and the picture.
-        device: where to compute.
+    The arguments are the flags of `diffmoe retrieve`; the index is `<output_dir>/<gallery>/<kind>.safetensors` unless
+    named. Raises `UserError`.
     """
     if (text is None) == (image is None):
         raise UserError("retrieve needs either --text, which asks for pictures, or --image, which asks for texts")
@@ -94,7 +83,7 @@ def retrieve(
         raise UserError(f"split is {split!r}: it must be train, validation or test")
     from diffmoe.files import check_outside_data, check_writable
     from diffmoe.inference import Predictor
-    from diffmoe.storage.index import Index, gallery_fingerprint, model_fingerprint
+    from diffmoe.visualization import captions, figures
 
     folder = Path(output_dir) / dataset_name(gallery)
     check_writable(folder)
@@ -102,34 +91,30 @@ def retrieve(
     used = Predictor(checkpoint, device)
     query = used.embed_texts([text]) if text is not None else used.embed_images(str(image))
     found = _open_gallery(used, gallery, data_dir, split)
-    wanted = found.names if text is not None else _texts(found, sentences)
-    kind = "pictures" if text is not None else "texts"
-    key = found.key if text is not None else gallery_fingerprint(wanted)
-    path = Path(index) if index else folder / f"{kind}.safetensors"
-    stored = _open_index(path, model_fingerprint(used.model), key, overwrite)
-    if stored is None:
-        embeddings = used.embed_images(found.images) if text is not None else used.embed_texts(wanted)
-        stored = Index(embeddings, tuple(wanted), kind, model_fingerprint(used.model), key)
-        stored.save(path)
+    texts = _texts(found, sentences) if text is None else None
+    path = Path(index) if index else folder / f"{'pictures' if texts is None else 'texts'}.safetensors"
+    stored = _open_index(path, used, found, texts, overwrite)
     scores, rows = (tensor[0] for tensor in stored.search(query, top))
-    picture = _draw(used, found, text, image, stored, scores, rows, folder)
-    results = [
-        {"item": stored.items[row], "similarity": score}
-        for row, score in zip(rows.tolist(), scores.tolist(), strict=True)
-    ]
+    items = [stored.items[row] for row in rows.tolist()]
+    if text is not None:
+        figure = captions.retrieval_grid(text, found.images[rows], scores)
+    else:
+        figure = captions.ranked_texts(used.read(str(image))[0], items, scores)
+    picture = figures.save(figure, folder / "retrieved.png")
+    results = [{"item": item, "similarity": score} for item, score in zip(items, scores.tolist(), strict=True)]
     return {"query": text or image, "index": str(path), "picture": str(picture), "results": results}
 
 
 def _open_gallery(used: Predictor, gallery: str, data_dir: str | None, split: str) -> Gallery:
     import torch
 
-    from diffmoe.data.folders import FilePictures, picture_files
+    from diffmoe.data.folders import FilePictures, has_train_folder, picture_files
     from diffmoe.data.loading import load_dataset
     from diffmoe.data.pictures import LazyImages
     from diffmoe.storage.index import gallery_fingerprint
 
     folder = Path(gallery)
-    if data_dir is None and folder.is_dir() and (names := picture_files(folder)) and not (folder / "train").is_dir():
+    if data_dir is None and folder.is_dir() and (names := picture_files(folder)) and not has_train_folder(folder):
         files = FilePictures(folder, names)
         paths = tuple(str(folder / name) for name in names)
         images = LazyImages.of(files, used.picture)
@@ -157,31 +142,18 @@ def _texts(gallery: Gallery, sentences: str | None) -> tuple[str, ...]:
     return texts
 
 
-def _open_index(path: Path, model: str, gallery: str, overwrite: bool) -> Index | None:
-    """The stored index where it is of this model and gallery; None where one must be made."""
-    from diffmoe.storage.index import Index
+def _open_index(path: Path, used: Predictor, gallery: Gallery, texts: tuple[str, ...] | None, overwrite: bool) -> Index:
+    """Of the gallery's pictures, or of `texts`: the stored one, which must be of this model and them, or a new one."""
+    from diffmoe.storage.index import Index, gallery_fingerprint, model_fingerprint
 
-    if not path.exists() or overwrite:
-        return None
-    stored = Index.load(path)
-    stored.check(path, model=model, gallery=gallery)
-    return stored
-
-
-def _draw(
-    used: Predictor,
-    gallery: Gallery,
-    text: str | None,
-    image: str | None,
-    index: Index,
-    scores: Tensor,
-    rows: Tensor,
-    folder: Path,
-) -> Path:
-    from diffmoe.visualization import captions, figures
-
-    if text is not None:
-        figure = captions.retrieval_grid(text, gallery.images[rows], scores)
+    model, key = model_fingerprint(used.model), gallery.key if texts is None else gallery_fingerprint(texts)
+    if path.exists() and not overwrite:
+        stored = Index.load(path)
+        stored.check(path, model=model, gallery=key)
+        return stored
+    if texts is None:
+        made = Index(used.embed_images(gallery.images), gallery.names, "pictures", model, key)
     else:
-        figure = captions.ranked_texts(used.read(str(image))[0], [index.items[row] for row in rows.tolist()], scores)
-    return figures.save(figure, folder / "retrieved.png")
+        made = Index(used.embed_texts(texts), texts, "texts", model, key)
+    made.save(path)
+    return made

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from diffmoe.commands.parsing import unread_is_no_error
+from diffmoe.commands.parsing import show, unread_is_no_error
 from diffmoe.config.settings import Settings, parse_settings
 
 
@@ -20,19 +21,30 @@ def run(settings: Settings) -> int:
     from diffmoe.storage.run_files import RunFiles
     from diffmoe.training.loop import StopRequested
 
+    metrics: dict[str, Any] | None = None
     if settings.mode != "test":
         try:
-            if train_run(settings, _tell) is None:  # not the first of several processes
-                return 0
+            metrics = train_run(settings, _tell_aside if settings.as_json else _tell)
         except StopRequested as stop:
             last = RunFiles(settings.data.dataset, settings.run.save_dir).last
             print(f"stopped by {stop}, saved in {last}: the same command with --resume goes on", file=sys.stderr)
             return 128 + stop.signal_number
+        if metrics is None:  # not the first of several processes
+            return 0
     if settings.mode != "train":
-        test_run(settings, _tell)
-    return 0
+        metrics = test_run(settings, _keep_quiet if settings.as_json else _tell)
+    return show(metrics, settings.as_json, lambda _: None)  # the tables were told
 
 
 def _tell(line: str) -> None:
     with unread_is_no_error():
         print(line, flush=True)
+
+
+def _tell_aside(line: str) -> None:
+    """How training goes on, where stdout is for the metrics alone."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def _keep_quiet(_line: str) -> None:
+    """A test's lines are what the metrics say."""

@@ -5,9 +5,8 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from diffmoe.commands.parsing import list_fields, model_parser, show
+from diffmoe.commands.parsing import model_parser, show
 from diffmoe.config import VisualizationConfig
-from diffmoe.config.settings import parse_group
 
 
 def main(argv: Sequence[str]) -> int:
@@ -15,19 +14,18 @@ def main(argv: Sequence[str]) -> int:
     parser = model_parser(
         "visualize", "See what the experts of a trained model do: figures, and a page that holds them."
     )
-    list_fields(parser, VisualizationConfig)
+    parser.add_fields(VisualizationConfig)
     parser.add_argument("--dataset", help="the one that it was trained on; default: by the name in the model file")
     parser.add_argument("--data_dir", help="folder that holds the dataset")
     parser.add_argument("--split", choices=("train", "validation", "test"), default="test", help="(default: test)")
     parser.add_argument("--lang", choices=("en", "zh"), default="en", help="language of the page (default: en)")
-    args, rest = parser.parse_known_args(argv)
-    settings = parse_group("visualization", rest, prog="diffmoe visualize")
+    args = parser.parse(argv)
     from diffmoe.report.make import make_report
 
     written = make_report(
         args.checkpoint,
         **{name: getattr(args, name) for name in ("dataset", "data_dir", "split", "lang", "device")},
-        show=settings,
+        show=VisualizationConfig(**args.fields),
         command=shlex.join(["diffmoe", "visualize", *argv]),
     )
     return show(written, args.json, lambda paths: print(f"report: {paths['report']}"))

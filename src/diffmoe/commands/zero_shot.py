@@ -16,7 +16,7 @@ def main(argv: Sequence[str]) -> int:
         nargs="+",
         help="sentences in which {} stands for a label; their embeddings are averaged",
     )
-    args = parser.parse_args(argv)
+    args = parser.parse(argv)
     from diffmoe.inference import TEMPLATES, Predictor, check_labels
 
     templates = args.templates or TEMPLATES

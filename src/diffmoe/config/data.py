@@ -67,6 +67,11 @@ class DataConfig:
         check_at_most(self, MAX_SEED, "split_seed")
 
     @property
+    def mixes(self) -> bool:
+        """Whether training pictures have a part of another one."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    @property
     def built_in(self) -> bool:
         """Whether the program brings the set: what `data_dir` holds is the user's own, whatever it is called."""
         return self.dataset in EMBEDDED_DATASETS and self.data_dir is None

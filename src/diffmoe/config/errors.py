@@ -10,6 +10,8 @@ from unicodedata import category
 
 MAX_SEED = 2**63 - 1
 """The largest whole number that torch takes."""
+NEAR = 0.75
+"""Of the letters of two names so many are alike, in their order, where one is the other mistyped."""
 
 
 class UserError(ValueError):
@@ -36,8 +38,17 @@ def expand(config: Any, *names: str) -> None:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint for a mistyped name: ` (did you mean 'top_k'?)`, or an empty string when nothing is close."""
-    match = difflib.get_close_matches(name, list(known), n=1)
+    """A hint for a mistyped or shortened name: ` (did you mean 'top_k'?)`, or an empty string.
+
+    Where none is really near, a guess would send the user to a setting that has nothing to do with what was wanted.
+    """
+    names = list(known)
+    begun = [each for each in names if each.startswith(name)]
+    match = (
+        difflib.get_close_matches(name, names, n=1, cutoff=NEAR)
+        or [each for each in names if sorted(each) == sorted(name)]  # letters swapped, in a short name
+        or (begun if len(begun) == 1 else [])
+    )
     return f" (did you mean '{match[0]}'?)" if match else ""
 
 

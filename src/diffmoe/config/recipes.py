@@ -57,8 +57,7 @@ def recipe(dataset: str, preset: str | None = None) -> dict[str, Any]:
     return {**known[name], **fields, **by_preset.get(size, {})}
 
 
-def generation_config(dataset: str, **given: Any) -> GenerationConfig:
-    """How captions of a dataset's model are written: as its recipe says, but for the fields that are `given`."""
+def generation_config(dataset: str) -> GenerationConfig:
+    """How captions of a dataset's model are written, as its recipe says."""
     known = {field.name for field in dataclasses.fields(GenerationConfig)}
-    of_recipe = {name: value for name, value in recipe(dataset).items() if name in known}
-    return GenerationConfig(**{**of_recipe, **given})
+    return GenerationConfig(**{name: value for name, value in recipe(dataset).items() if name in known})

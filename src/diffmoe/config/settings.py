@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from diffmoe.config import (
@@ -40,6 +41,8 @@ GROUPS = {
 }
 FIELDS = {field.name: field for group in GROUPS.values() for field in dataclasses.fields(group)}
 MODES = ("train", "test", "train_test")
+BEGINNING = ("resume", "overwrite")
+"""Fields that say how a run begins, not what it is."""
 
 
 @dataclass(frozen=True)
@@ -55,23 +58,33 @@ class Settings:
     visualization: VisualizationConfig
     given: frozenset[str] = frozenset()
     """The fields that the user set, by flag or YAML."""
+    as_json: bool = False
+    """Print the metrics as JSON, and nothing else."""
 
 
 def build_parser(prog: str, mode: str | None) -> ArgumentParser:
     """The parser of train, test and train_test; `mode` None adds the flag --mode (the flat form)."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     description = "Every field of every config is a flag here and a key of the YAML given with --config."
-    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
+    parser = ArgumentParser(
+        prog=prog,
+        description=description,
+        exit_on_error=False,
+        allow_abbrev=False,
+        print_config=None,  # jsonargparse's own knows no recipes
+    )
     if mode is None:
         parser.add_argument("--mode", choices=MODES, default="train_test", help="What to do (default: train_test).")
     parser.add_argument("--config", help="YAML file of fields; flags win over it.")
+    parser.add_argument("--print_config", action="store_true", help="Print all fields as such a file, and do no more.")
+    parser.add_argument("--json", action="store_true", help="Print the metrics as JSON, and nothing else.")
     for group in ("data", "run", "training", "model", "generation", "visualization"):
         parser.add_class_arguments(GROUPS[group], nested_key=None)
     return parser
 
 
 def parse_settings(argv: Sequence[str], prog: str = "diffmoe", mode: str | None = None) -> Settings:
-    """Parse and check. Raises `UserError`; prints the help and raises SystemExit(0) for --help."""
+    """Parse and check. Raises `UserError`; SystemExit(0) when it has printed what --help or --print_config ask for."""
     from_yaml, flags = _read_configs(argv, with_mode=mode is None)
     argv = [*from_yaml, *_bare_flags_are_true(flags)]  # the last word wins
     given = frozenset(word[2:].split("=")[0] for word in argv if word.startswith("--")) & set(FIELDS)
@@ -84,28 +97,33 @@ def parse_settings(argv: Sequence[str], prog: str = "diffmoe", mode: str | None 
         name: group(**{field.name: parsed[field.name] for field in dataclasses.fields(group)})
         for name, group in GROUPS.items()
     }
-    return Settings(mode=mode or parsed.mode, given=given, **groups)
+    settings = Settings(mode=mode or parsed.mode, given=given, as_json=parsed.json, **groups)
+    if parsed.print_config:
+        print(as_yaml(settings, with_mode=mode is None), end="")
+        raise SystemExit(0)
+    return settings
 
 
-def parse_group(group: str, argv: Sequence[str], prog: str) -> Any:
-    """The config of one group alone, from its flags: for commands that need no other. Raises `UserError`."""
+def parse_field(group: type, name: str, word: str) -> Any:
+    """One field of a config, from the word behind its flag; checked, as far as it can be alone. Raises `UserError`."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    names = {field.name for field in dataclasses.fields(GROUPS[group])}
-    for word in argv:
-        name = word.removeprefix("--").partition("=")[0]
-        if word.startswith("--") and name not in names:
-            raise UserError(f"unknown flag --{name}{nearest(name, names)}; {prog} --help lists all flags")
-    parser = ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False)
-    parser.add_class_arguments(GROUPS[group], nested_key=None)
-    parsed = _parse(parser, list(argv))
-    return GROUPS[group](**{name: parsed[name] for name in names})
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
+    parser.add_class_arguments(group, nested_key=None)
+    parsed = _parse(parser, [f"--{name}={word}"])
+    return getattr(group(**{field.name: parsed[field.name] for field in dataclasses.fields(group)}), name)
 
 
-def parse_given(group: str, argv: Sequence[str], prog: str) -> dict[str, Any]:
-    """The fields of one group that its flags give, and no others; checked as in `parse_group`."""
-    config = parse_group(group, argv, prog)
-    given = [word[2:].partition("=")[0] for word in argv if word.startswith("--")]
-    return {name: getattr(config, name) for name in given}
+def as_yaml(settings: Settings, with_mode: bool = False) -> str:
+    """All fields, as a file that `--config` reads: it repeats the run, from its beginning.
+
+    Without those that say how it begins, and without what only the data tells. `with_mode`: for the flat form.
+    """
+    left_out = {*BEGINNING, *({"num_classes"} - settings.given)}
+    fields: dict[str, Any] = {"mode": settings.mode} if with_mode else {}
+    for group in GROUPS:
+        fields |= vars(getattr(settings, group))
+    told = {name: value for name, value in fields.items() if name not in left_out}
+    return yaml.safe_dump(told, sort_keys=False, allow_unicode=True)
 
 
 def _parse(parser: ArgumentParser, argv: list[str]) -> Namespace:
@@ -141,7 +159,7 @@ def _bare_flags_are_true(argv: Sequence[str]) -> list[str]:
 
 def _read_configs(argv: Sequence[str], with_mode: bool) -> tuple[list[str], list[str]]:
     """The YAML files' fields as flags, and the flags without --config. Checks that each name exists."""
-    extra = ("help", "print_config", *(("mode",) if with_mode else ()))
+    extra = ("help", "json", "print_config", *(("mode",) if with_mode else ()))
     from_yaml: list[str] = []
     flags: list[str] = []
     words = iter(argv)

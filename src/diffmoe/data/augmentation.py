@@ -7,7 +7,6 @@ every device sees the same pictures. B pictures, C channels, H height, W width.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -20,36 +19,6 @@ ERASE_ASPECT = (0.3, 3.3)
 """Share of the picture, and height over width, of an erased rectangle (Zhong et al. 2017, random erasing)."""
 
 
-@dataclass(frozen=True)
-class Augmentation:
-    """What is done to training pictures; the defaults do nothing."""
-
-    crop_padding: int = 0
-    """Pixels reflected at each edge before the random crop."""
-    flip: bool = False
-    """Mirror half of the pictures left to right."""
-    erase: float = 0.0
-    """Probability that a random rectangle is blanked."""
-    alternate_flip: bool = False
-    """Mirror each picture in every other epoch; then `flip` does nothing."""
-    cutout: int = 0
-    """Side of a square that is blanked at a random place."""
-    mixup: float = 0.0
-    """Beta parameter of the shares in which two pictures are averaged; 0 is off."""
-    cutmix: float = 0.0
-    """Beta parameter of the shares that two pictures have of the area; 0 is off."""
-
-    @classmethod
-    def from_config(cls, config: DataConfig) -> Augmentation:
-        """The fields of the same names."""
-        return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
-
-    @property
-    def mixes(self) -> bool:
-        """Whether pictures have a part of another one."""
-        return self.mixup > 0 or self.cutmix > 0
-
-
 def is_mirrored(rows: Tensor, epoch: int) -> Tensor:
     """Whether alternate_flip mirrors the pictures at these rows of a split in this epoch, bool.
 
@@ -59,9 +28,7 @@ def is_mirrored(rows: Tensor, epoch: int) -> Tensor:
     return (((rows + 1) * 2654435761 >> 15) + epoch) % 2 == 1  # Knuth's multiplicative hash
 
 
-def crop_and_flip(
-    images: Tensor, augmentation: Augmentation, generator: Generator, mirrored: Tensor | None = None
-) -> Tensor:
+def crop_and_flip(images: Tensor, config: DataConfig, generator: Generator, mirrored: Tensor | None = None) -> Tensor:
     """Pictures, uint8 (B, C, H, W) -> a window of each with its edges reflected, some of them mirrored; the same shape.
 
     With alternate_flip those that are `mirrored`, bool (B,); with flip half of them, by chance.
@@ -70,10 +37,10 @@ def crop_and_flip(
     core, where windows of padded pictures took 4.3 ms.
     """
     B, C, H, W = images.shape
-    rows_BH = _windows(B, H, augmentation.crop_padding, generator)
-    columns_BW = _windows(B, W, augmentation.crop_padding, generator)
-    if not augmentation.alternate_flip:
-        mirrored = torch.rand(B, generator=generator) < 0.5 if augmentation.flip else None
+    rows_BH = _windows(B, H, config.crop_padding, generator)
+    columns_BW = _windows(B, W, config.crop_padding, generator)
+    if not config.alternate_flip:
+        mirrored = torch.rand(B, generator=generator) < 0.5 if config.flip else None
     if mirrored is not None:
         columns_BW = torch.where(mirrored[:, None], columns_BW.flip(1), columns_BW)
     first_row_BC1 = torch.arange(B * C, device=images.device).view(B, C, 1) * H
@@ -116,7 +83,7 @@ def cutout(images: Tensor, size: int, generator: Generator) -> Tensor:
     return images.masked_fill((inside_BH[:, :, None] & inside_BW[:, None, :])[:, None].to(images.device), 0)
 
 
-def mix(images: Tensor, augmentation: Augmentation, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
+def mix(images: Tensor, config: DataConfig, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Each picture with a part of another one of its batch: float (B, C, H, W).
 
     By mixup (Zhang et al. 2018) the two are averaged, by cutmix (Yun et al. 2019) the other one takes the place of a
@@ -129,11 +96,11 @@ def mix(images: Tensor, augmentation: Augmentation, generator: Generator) -> tup
     """
     B, _, H, W = images.shape
     other_B = torch.randperm(B, generator=generator)
-    chance = (augmentation.cutmix > 0) * (0.5 if augmentation.mixup > 0 else 1.0)
+    chance = (config.cutmix > 0) * (0.5 if config.mixup > 0 else 1.0)
     cut_B = torch.rand(B, generator=generator) < chance
     # torch's own Beta takes no generator.
     draws = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
-    alpha_B = torch.where(cut_B, augmentation.cutmix, augmentation.mixup).numpy()
+    alpha_B = torch.where(cut_B, config.cutmix, config.mixup).numpy()
     share_B = torch.from_numpy(draws.beta(alpha_B, alpha_B)).float()
     share_B = torch.maximum(share_B, 1 - share_B)
     height, width = (((1 - share_B).sqrt() * side).floor() for side in (H, W))

@@ -108,7 +108,12 @@ class FolderSource:
 
 def has_class_folders(root: Path) -> bool:
     """Whether `root` holds `train/`, or folders with pictures."""
-    return bool(_named(root, "train")) or bool(picture_folders(root))
+    return has_train_folder(root) or bool(picture_folders(root))
+
+
+def has_train_folder(root: Path) -> bool:
+    """Whether `root` holds `train/`, in capitals or not."""
+    return bool(_named(root, "train"))
 
 
 def has_train_classes(root: Path) -> bool:

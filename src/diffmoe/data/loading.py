@@ -59,7 +59,7 @@ class Dataset:
         told = (
             f"{len(self.class_names)} classes" if self.class_names else f"{len(self.train.texts):,} training captions"
         )
-        return f"{self.name}: pictures: {counts}; {told}"
+        return f"{self.name}: {counts} pictures; {told}"
 
     def fingerprint(self) -> str:
         """What tells the data from other data: classes, labels or captions, and some of the pictures.
@@ -143,8 +143,8 @@ def _all(images: Tensor | LazyImages, progress: bool) -> Tensor:
 def _to_cache(
     class_names: tuple[str, ...], splits: Mapping[str, PictureSplit]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    tensors: dict[str, Any] = {f"{name}.images": split.images for name, split in splits.items()}
-    tensors |= {f"{name}.labels": split.labels for name, split in splits.items() if isinstance(split, Split)}
+    fields = [(f"{name}.{field}", value) for name, split in splits.items() for field, value in vars(split).items()]
+    tensors = {name: value for name, value in fields if isinstance(value, Tensor)}
     captions = {name: split.captions for name, split in splits.items() if isinstance(split, CaptionSplit)}
     return tensors, {"class_names": json.dumps(class_names), "captions": json.dumps(captions)}
 

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from diffmoe.config import UserError
+from diffmoe.config import UserError, expanded
 
 PICTURE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".png", ".webp", ".avif"),
@@ -78,13 +78,14 @@ class PictureSpec:
         return max(1, min(500, EVALUATION_VALUES // (self.channels * self.size**2)))
 
     def read(self, picture: str | Path | Image.Image) -> Tensor:
-        """A picture of any mode and size, at a path or PIL's, as uint8 (C, size, size).
+        """A picture of any mode and size, at a path (`~` is the user's home) or PIL's, as uint8 (C, size, size).
 
         Raises `UserError` naming the path where it is missing, no picture, corrupt or truncated.
         """
         if isinstance(picture, Image.Image):
             return self.fit(picture.copy())
-        return self.decode(Path(picture), str(picture))
+        path = expanded(str(picture))
+        return self.decode(Path(path), path)
 
     def decode(self, picture: bytes | Path, where: str) -> Tensor:
         """An encoded picture as uint8 (C, size, size). Raises `UserError` naming `where` where that fails."""
@@ -193,7 +194,7 @@ class LazyImages:
         cores: 14,000 in 2 processes, 7,700 in 2 threads, 8,300 without either).
         """
         loader = DataLoader(
-            _Decoder(self),
+            _DecodedOrError(self),
             batch_size=None,
             sampler=batches,
             num_workers=min(num_workers, available_cores()),
@@ -224,7 +225,7 @@ class LazyImages:
 
 
 @dataclass(frozen=True)
-class _Decoder(Dataset[Tensor | UserError]):
+class _DecodedOrError(Dataset[Tensor | UserError]):
     """`lazy[indices]` for a DataLoader, which would wrap an error in a traceback of many lines: it is handed over."""
 
     lazy: LazyImages

@@ -9,10 +9,10 @@ from typing import Literal, Protocol
 from diffmoe.config import EMBEDDED_DATASETS, HUB_DATASETS, DataConfig, UserError, dataset_name, nearest
 from diffmoe.data.caption_files import find_caption_files, has_caption_files, has_table_suffix
 from diffmoe.data.folders import FolderSource, has_class_folders
-from diffmoe.data.hub import check_hub
+from diffmoe.data.hub import HubSource, check_hub, is_cached
+from diffmoe.data.parquet import ParquetSource, parquet_files
 from diffmoe.data.pictures import PictureSpec
 from diffmoe.data.splits import ClassesAndSplits
-from diffmoe.data.tables import HubSource, ParquetSource, parquet_files
 
 Kind = Literal["classification", "captions"]
 """What a set teaches: pictures with labels, or with captions."""
@@ -77,9 +77,31 @@ def find_source(config: DataConfig) -> Source:
             f"dataset is {name!r}{nearest(name, known)}: it must be one of {', '.join(known)}, "
             "a folder or a captions table that exists, or a hub name such as owner/name"
         )
+    if "/" in name:
+        _check_no_folder_is_meant(name)
     hub_name = HUB_DATASETS.get(name, name)
     check_hub(hub_name)
     return HubSource(hub_name)
+
+
+def _check_no_folder_is_meant(name: str) -> None:
+    """Raises `UserError` where what might be a name of the hub, owner/name, is nearly a folder's of this machine."""
+    owner, _, last = name.partition("/")
+    here = _folders(Path())
+    if owner in here:
+        hint = nearest(last, _folders(Path(owner)))
+    else:
+        hint = nearest(owner, [folder for folder in here if Path(folder, last).exists()])
+    if hint and not is_cached(name):
+        raise UserError(f"dataset is {name!r}: there is no such folder{hint}")
+
+
+def _folders(place: Path) -> list[str]:
+    """The folders in a place by name; none where it cannot be looked into."""
+    try:
+        return [path.name for path in place.iterdir() if path.is_dir()]
+    except OSError:
+        return []
 
 
 def _find_in(data_dir: Path, dataset: str) -> Path:

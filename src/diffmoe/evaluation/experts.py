@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -92,17 +91,14 @@ class RoutingCollector:
 
 
 def trace_experts(
-    model: Head,
-    batches: Iterable[Sequence[Tensor]],
-    autocast: Autocast = nullcontext,
-    constants: dict[str, Any] | None = None,
+    model: Head, batches: Iterable[Sequence[Tensor]], autocast: Autocast = nullcontext
 ) -> tuple[BlockRouting, ...]:
     """Run `model` once over `batches` and keep its routing, as `RoutingCollector` has it.
 
     Raises `ValueError` where there are no batches, `UserError` where an output is not finite.
     """
     collector = RoutingCollector()
-    run_over(model, batches, collector, autocast=autocast, constants=constants)
+    run_over(model, batches, collector.add, autocast=autocast)
     return collector.blocks()
 
 
@@ -166,17 +162,11 @@ def class_expert_counts(block: BlockRouting, labels: Tensor, num_classes: int) -
     return counts.view(num_classes, block.num_experts)
 
 
-class MutualInformation(NamedTuple):
-    """What the expert of a token tells of the class of its picture, and the other way round."""
+def mutual_information(counts: Tensor) -> tuple[float, float]:
+    """What the expert of a token tells of the class of its picture, and the other way round: of joint counts (C, E).
 
-    bits: float
-    """I(class; expert), 0 when independent."""
-    normalized: float
-    """Over the smaller of the two entropies: 0 when independent, 1 when one tells the other; 0 where nothing varies."""
-
-
-def mutual_information(counts: Tensor) -> MutualInformation:
-    """Of the joint counts (C, E): the plug-in estimate, H(class) + H(expert) - H(class, expert).
+    In bits, I = H(class) + H(expert) - H(class, expert), the plug-in estimate, 0 when independent; and its part of the
+    smaller of the two entropies: 1 when one tells the other, 0 where nothing varies.
 
     Of M slots it is too high by about (C - 1)(E - 1) / (2 M ln 2) bits (Miller 1955): nothing, unless M is small.
     Raises `ValueError` where all counts are 0.
@@ -188,7 +178,7 @@ def mutual_information(counts: Tensor) -> MutualInformation:
     of_class, of_expert = _entropy(joint.sum(1)), _entropy(joint.sum(0))
     nats = max((of_class + of_expert - _entropy(joint)).item(), 0.0)
     smaller = min(of_class, of_expert).item()
-    return MutualInformation(nats / math.log(2), nats / smaller if smaller > 0 else 0.0)
+    return nats / math.log(2), nats / smaller if smaller > 0 else 0.0
 
 
 def coactivation(block: BlockRouting) -> Tensor:

@@ -111,11 +111,12 @@ def measure(contender: Contender, draw: Callable[[], Batch], loads: bool, steps:
         held, peak, trace = _memory(tracker, step, contender.fabric.device)
     ms, counts, rows = sum(middle, Counter()), count_by_part(contender.model), []
     for part in sorted({*counts, *held, *(part for part, _ in ms)}, key=lambda part: ORDER.index(part.split("/")[-1])):
-        row: dict[str, Any] = {"place": part.rpartition("/")[0], "part": part.rpartition("/")[2]}
-        row["parameters"], row["parameters_active"] = counts.get(part, (0, 0))
-        row |= {f"{which}_flops": flops[part, which] for which in (FORWARD, BACKWARD)}
+        place, _, name = part.rpartition("/")
+        total, active = counts.get(part, (0, 0))
+        row = {"place": place, "part": name, "parameters": total, "parameters_active": active}
+        worked = {f"{which}_flops": flops[part, which] for which in (FORWARD, BACKWARD)}
         times = {f"{which}_ms": ms[part, which] / len(middle) for which in (FORWARD, BACKWARD, ONCE)}
-        rows.append(row | times | {"ms": sum(times.values()), "held_bytes": held[part]})
+        rows.append(row | worked | times | {"ms": sum(times.values()), "held_bytes": held[part]})
     return rows, peak, trace
 
 

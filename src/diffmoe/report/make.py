@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor
 from tqdm import tqdm
 
 from diffmoe.config import DataConfig, UserError, VisualizationConfig, dataset_name
@@ -49,7 +47,7 @@ def make_report(
     device: str = "auto",
     show: VisualizationConfig | None = None,
     command: str = "",
-) -> dict[str, Any]:
+) -> dict[str, str | list[str]]:
     """Look at a model: `{report, figures}`, the paths of the page and of its figures.
 
     Args:
@@ -73,9 +71,11 @@ def make_report(
     name = dataset or used.info.dataset
     if dataset_name(name) != used.info.dataset:
         raise UserError(f"dataset is {name!r}: the model in {checkpoint} was trained on {used.info.dataset!r}")
-    check_outside_data(folder, DataConfig(dataset=name, data_dir=data_dir), "output_dir", "visualizations")
+    data = DataConfig(dataset=name, data_dir=data_dir)
+    used.info.check_source(data, checkpoint)
+    check_outside_data(folder, data, "output_dir", "visualizations")
     run = RunFiles.beside(checkpoint)
-    subject, all_pictures = _open_subject(used, DataConfig(dataset=name, data_dir=data_dir), split, run, show)
+    subject, all_pictures = _open_subject(used, data, split, run, show)
     saved: list[Path] = []
     with speaking(lang):
         title = say("What the experts do: {dataset}", dataset=used.info.dataset)
@@ -97,11 +97,8 @@ def _open_subject(
     loaded = load_dataset(used.info.split_as_trained(data), used.picture)
     used.task.check_data(used.info.class_names, loaded, used.checkpoint)
     of_split = getattr(loaded, split)
-    return Subject(used, of_split.subset(_drawn(of_split)), run.read_history(), run.read_metrics(), show), len(of_split)
-
-
-def _drawn(split: Sized) -> Tensor:
-    return sample(len(split), seed=0, most=MOST_PICTURES)
+    shown = of_split.subset(sample(len(of_split), seed=0, most=MOST_PICTURES))
+    return Subject(used, shown, run.read_history(), run.read_metrics(), show), len(of_split)
 
 
 def _sections(subject: Subject, folder: Path, saved: list[Path]) -> Iterator[Section]:
@@ -113,10 +110,10 @@ def _sections(subject: Subject, folder: Path, saved: list[Path]) -> Iterator[Sec
     for name in bar:
         bar.set_postfix_str(name)
         section: Section = getattr(sections, name)(subject)
-        for number, figure in enumerate(section.figures, 1):
-            suffix = f"_{number}" if len(section.figures) > 1 else ""
+        for number, draw in enumerate(section.drawings, 1):
+            suffix = f"_{number}" if len(section.drawings) > 1 else ""
             path = folder / f"{name}{suffix}.{subject.show.figure_format}"
-            saved.append(figures.save(figure, path, dpi=subject.show.dpi))
+            saved.append(figures.save(draw(), path, dpi=subject.show.dpi))
         yield section
 
 

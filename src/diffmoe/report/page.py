@@ -15,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from matplotlib.figure import Figure
 
 from diffmoe.files import write_atomically
+from diffmoe.visualization.colors import DARK, LIGHT, Theme, shown_in
 from diffmoe.visualization.language import Language, say, speaking
 from diffmoe.visualization.style import figure_language, styled
 
@@ -26,6 +27,8 @@ PNG_DPI = 150
 HOW_TO_READ = "How to read it: "
 """How the docstring of a figure's function begins."""
 
+Drawing = Callable[[], Figure]
+"""A figure to be drawn, in the current theme and language: for the light, for the dark, for a file."""
 Table = Sequence[Sequence[object]]
 """Rows of cells; the first row is the heads of the columns."""
 
@@ -35,19 +38,12 @@ class Section:
     """A part of the report."""
 
     title: str
-    figure: Figure | Sequence[Figure] | None
+    drawings: Sequence[Drawing]
     reading: str
     """How to read the figures, in a sentence or two."""
     note: str = ""
     """What the figures show here: a number to remember, how many pictures it is of."""
     table: Table = ()
-
-    @property
-    def figures(self) -> tuple[Figure, ...]:
-        """None, one or several."""
-        if self.figure is None:
-            return ()
-        return (self.figure,) if isinstance(self.figure, Figure) else tuple(self.figure)
 
 
 @dataclass(frozen=True)
@@ -81,7 +77,7 @@ def write_report(
     be written.
     """
     with speaking(language):
-        kept = [(replace(section, figure=None), _embed(section)) for section in sections]
+        kept = [(replace(section, drawings=()), _embed(section)) for section in sections]
         notes = list(facts.notes)
         if figure_language() != language:
             notes.append(say("The figures are in English: no font that has Chinese characters is installed here."))
@@ -97,7 +93,7 @@ def write_report(
                 "command": say("Command"),
                 "enlarge": say("Enlarge: {title}"),
                 "top": say("Back to the top"),
-                "hint": say("A tap on a figure shows it at full size."),
+                "hint": say("A tap on a figure shows it at full size; a wide one is moved sideways."),
             },
         )
     write_atomically(path, lambda unfinished: unfinished.write_text(page, encoding="utf-8"))
@@ -115,13 +111,31 @@ def _template() -> Template:
     return environment.get_template(TEMPLATE)
 
 
-def _embed(section: Section) -> list[tuple[str, str, int]]:
-    """For each figure of a section its address, which holds all of it, its alt text, and its width in CSS pixels."""
-    embedded, count = [], len(section.figures)
-    for number, figure in enumerate(section.figures, 1):
+@dataclass(frozen=True)
+class _Embedded:
+    """A figure as the page has it."""
+
+    light: str
+    dark: str
+    """Addresses that hold all of it, in both themes."""
+    alt: str
+    width: int
+
+
+def _embed(section: Section) -> list[_Embedded]:
+    embedded, count = [], len(section.drawings)
+    for number, draw in enumerate(section.drawings, 1):
         alt = section.title if count == 1 else f"{section.title} ({number}/{count})"
-        embedded.append((data_uri(figure), alt, round(96 * figure.get_figwidth())))
+        (light, width), (dark, _) = (_drawn(draw, theme) for theme in (LIGHT, DARK))
+        embedded.append(_Embedded(light, dark, alt, width))
     return embedded
+
+
+def _drawn(draw: Drawing, theme: Theme) -> tuple[str, int]:
+    """A figure's address, and its width in CSS pixels at its own size."""
+    with shown_in(theme):
+        figure = draw()
+        return data_uri(figure), round(96 * figure.get_figwidth())
 
 
 def data_uri(figure: Figure) -> str:

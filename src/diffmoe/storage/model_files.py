@@ -48,12 +48,31 @@ class DataInfo:
     test_fraction: float
     split_seed: int
     """How the set was split, so that testing never meets what training saw."""
+    own: bool = False
+    """Whether it is a set of the user's that is called as one that the program brings."""
 
     @classmethod
     def of(cls, data: Dataset, config: DataConfig) -> DataInfo:
         """Of a set that was loaded with `config`."""
         splits = {name: getattr(config, name) for name in SPLITTING}
-        return cls(data.name, data.class_names, data.picture.mean, data.picture.std, **splits)
+        own = data.known_as != data.name
+        return cls(data.name, data.class_names, data.picture.mean, data.picture.std, **splits, own=own)
+
+    @property
+    def known_as(self) -> str:
+        """The name, where what the program knows of a set so called holds for this one; else empty."""
+        return "" if self.own else self.dataset
+
+    def check_source(self, config: DataConfig, path: str | Path) -> None:
+        """Raises `UserError` where `config` leads to another set than the one that the model in `path` was trained on.
+
+        By name alone it would be the one that the program brings.
+        """
+        if self.own and config.built_in:
+            raise UserError(
+                f"{path} was trained on a set of your own called {self.dataset}, not on the one that the program "
+                f"brings: say where yours is, with --data_dir DIR or --dataset DIR/{self.dataset}"
+            )
 
     def split_as_trained(self, config: DataConfig) -> DataConfig:
         """The same data, split as it was for training."""
@@ -78,7 +97,7 @@ class ModelFile:
         return PictureSpec(config.img_size, config.in_channels, self.data.mean, self.data.std)
 
 
-def save_model(path: Path, model: Head, data: DataInfo, state: Mapping[str, Any] | None = None) -> None:
+def save_model(path: Path, model: Head, data: DataInfo, state: Mapping[str, torch.Tensor] | None = None) -> None:
     """Write a model with the config that made it and what it needs to know of its data.
 
     `state` is its state dict where it had to be gathered.
@@ -93,7 +112,7 @@ def save_model(path: Path, model: Head, data: DataInfo, state: Mapping[str, Any]
     write(path, content)
 
 
-def write(path: Path, content: dict[str, Any]) -> None:
+def write(path: Path, content: Mapping[str, object]) -> None:
     """Save atomically. Through memory: torch reports a full disk as a failure of its own."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
@@ -169,6 +188,7 @@ def _check_values(path: str | Path, model: Head, data: DataInfo) -> None:
         good = fits and all(isinstance(value, int | float) and allowed(value) for value in values)
         right = f"{config.in_channels} finite numbers {'from 0 on' if name == 'mean' else 'over 0'}"
         check(good, f"{name} is {reprlib.repr(values)}: it must be {right}")
+    check(isinstance(data.own, bool), f"own is {reprlib.repr(data.own)}: it must be true or false")
     is_name = isinstance(data.dataset, str) and data.dataset == dataset_name(data.dataset)
     check(is_name, f"dataset is {reprlib.repr(data.dataset)}: it must be a name")
     are_texts = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)

@@ -1,7 +1,7 @@
 """What a training run leaves on disk, and how the next one goes on from there.
 
 `<save_dir>/<dataset>_model.pth` is the best model; `<save_dir>/<dataset>/` holds `last.ckpt` (all that an exact resume
-needs), `metrics.json`, `history.csv` and TensorBoard's events.
+needs), `config.yaml` (the settings), `metrics.json`, `history.csv` and TensorBoard's events.
 
 A run's first model and `last.ckpt` are staged, and take the place of an earlier run's together (`RunFiles.replacing`):
 whenever a run dies, there is a whole earlier one or a whole new one. What is told of an epoch is written after them.
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from diffmoe.config import RunConfig, UserError, dataset_name
-from diffmoe.files import check_writable, write_atomically
+from diffmoe.files import as_json, check_writable, write_atomically
 
 Metrics = dict[str, float]
 """Figures by name: a row of the history."""
@@ -34,6 +34,7 @@ class RunFiles:
         self.model = Path(save_dir) / f"{name}_model.pth"
         self.folder = Path(save_dir) / name
         self.last = self.folder / "last.ckpt"
+        self.config = self.folder / "config.yaml"
         self.metrics = self.folder / "metrics.json"
         self.history = self.folder / "history.csv"
 
@@ -87,12 +88,16 @@ class RunFiles:
         try:
             for path in (self.metrics, self.history, *self._events()):
                 path.unlink(missing_ok=True)
-            for new, old in ((staged.model, self.model), (staged.last, self.last)):
+            for new, old in zip(staged._first(), self._first(), strict=True):
                 with suppress(FileNotFoundError):  # moved by the one who was killed
                     new.replace(old)
         except OSError as error:
             raise UserError(f"{self.folder} cannot be written: {error.strerror or error}") from error
         shutil.rmtree(self.folder / STAGING, ignore_errors=True)
+
+    def _first(self) -> tuple[Path, ...]:
+        """What is staged, in the order in which it is moved."""
+        return self.model, self.config, self.last
 
     def _staged(self) -> RunFiles:
         return RunFiles(self.folder.name, str(self.folder / STAGING))
@@ -101,16 +106,19 @@ class RunFiles:
         return sorted(self.folder.glob("events.out.tfevents.*"))
 
     def _written(self) -> list[Path]:
-        return [p for p in (self.model, self.last, self.metrics, self.history, *self._events()) if p.exists()]
+        return [p for p in (*self._first(), self.metrics, self.history, *self._events()) if p.exists()]
+
+    def write_config(self, text: str) -> None:
+        """What `--config` reads to repeat the run."""
+        write_atomically(self.config, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
 
     def update_metrics(self, values: Mapping[str, Any]) -> None:
         """Merge into `metrics.json`, keeping what else is there; a value of None takes its name away."""
         # Metrics are of float32: digits past the sixth are noise.
         rounded = json.loads(json.dumps(values), parse_float=lambda digits: round(float(digits), 6))
         merged = {name: value for name, value in {**self.read_metrics(), **rounded}.items() if value is not None}
-        text = json.dumps(merged, indent=2, ensure_ascii=False) + "\n"
-        encoded = text.encode("utf-8", "backslashreplace")  # what is no UTF-8, of a name, becomes a JSON escape
-        write_atomically(self.metrics, lambda path: path.write_bytes(encoded))
+        text = as_json(merged, indent=2)
+        write_atomically(self.metrics, lambda path: path.write_text(text, "utf-8"))
 
     def read_metrics(self) -> dict[str, Any]:
         """What `metrics.json` holds; empty where there is none. Raises `UserError` where it is damaged."""

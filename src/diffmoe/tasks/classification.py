@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffmoe.config import GenerationConfig, ModelConfig, UserError
+from diffmoe.config import DataConfig, GenerationConfig, ModelConfig, UserError
 from diffmoe.config.settings import Settings
-from diffmoe.data.augmentation import Augmentation
 from diffmoe.data.batches import Batches, MixedBatches, PictureBatches
 from diffmoe.data.descriptions import class_descriptions
 from diffmoe.data.loading import Dataset
@@ -22,6 +21,7 @@ from diffmoe.data.text import tokenize
 from diffmoe.evaluation.classification import averaged_accuracy, classification_metrics, pick_examples, predict
 from diffmoe.evaluation.passes import Autocast, Scores, run_over
 from diffmoe.model.heads import ImageClassifier
+from diffmoe.model.outputs import TextFeatures
 from diffmoe.tasks.base import Metrics, Runtime, Task, Tested
 
 
@@ -61,13 +61,13 @@ class Classification(Task):
         self, model: ModelConfig, split: Split, picture: PictureSpec, batch_size: int, **options: Any
     ) -> Batches | MixedBatches:
         """Pictures and labels; mixed, with both labels, where the augmentation says so."""
-        augment: Augmentation | None = options.get("augment")
+        augment: DataConfig | None = options.get("augment")
         kind = MixedBatches if augment is not None and augment.mixes else Batches
         return kind(split, batch_size, picture=picture, **options)
 
     def validate(self, model: Any, batches: PictureBatches[Split], autocast: Autocast = nullcontext) -> Metrics:
         scores = Scores(model)
-        run_over(model, batches.epoch(), scores, autocast=autocast)
+        run_over(model, batches.epoch(), scores.add, autocast=autocast)
         return {"val_loss": scores.loss, "val_accuracy": scores.accuracy}
 
     def test(self, model: Any, data: Dataset, runtime: Runtime, settings: Settings) -> Tested:
@@ -95,7 +95,7 @@ class Classification(Task):
             averaged = averaged_accuracy(model, batches.epoch(), tta, runtime.autocast)
         return Tested({**named, "test_accuracy_tta": averaged, "class_names": list(names)}, drawn)
 
-    def report_lines(self, metrics: dict[str, Any], data: Dataset) -> list[str]:
+    def report_lines(self, metrics: Mapping[str, Any], data: Dataset) -> list[str]:
         shown = {
             "test_accuracy": "accuracy",
             "test_accuracy_tta": "accuracy, mean over the views of --tta",
@@ -114,8 +114,8 @@ class Classification(Task):
             lines.append(f"  {name:{width}}  {precision:9.1%}  {recall:6.1%}")
         return lines
 
-    def classify(self, model: ImageClassifier, pictures: Tensor, constants: dict[str, Any]) -> Tensor:
-        return model.classify(pictures, **constants).logits.softmax(-1).cpu()
+    def classify(self, model: ImageClassifier, pictures: Tensor, classes: TextFeatures | None) -> Tensor:
+        return model.classify(pictures, classes=classes).logits.softmax(-1).cpu()
 
     def caption(self, model: Any, pictures: Tensor, config: GenerationConfig, seed: int) -> list[str]:
         """It cannot."""
@@ -124,17 +124,17 @@ class Classification(Task):
         )
 
     def compare(
-        self, model: ImageClassifier, pictures: Tensor, text: str, constants: dict[str, Any]
-    ) -> list[dict[str, Any]]:
+        self, model: ImageClassifier, pictures: Tensor, text: str, classes: TextFeatures | None
+    ) -> list[dict[str, object]]:
         """`with_text`, the classes given both.
 
         Picture and text are taken as independent given the class: their product, scaled, is the probability given both.
         """
-        classes = constants["classes"]
+        assert classes is not None  # or it would read no texts
         tokens, mask = (t.to(pictures.device) for t in tokenize([text], model.config.max_text_len))
         similarity = classes.embedding @ model.backbone.encode_text(tokens, mask)[0]
         given_text = (model.backbone.scale * similarity).softmax(-1).cpu()
-        both = self.classify(model, pictures, constants) * given_text
+        both = self.classify(model, pictures, classes) * given_text
         return [{"with_text": row} for row in both / both.sum(1, keepdim=True)]
 
     def reads_texts(self, model: ImageClassifier) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +16,7 @@ from diffmoe.data.pictures import PictureSpec
 from diffmoe.evaluation.experts import BlockRouting
 from diffmoe.model.parameters import parameter_counts
 from diffmoe.storage.run_files import RunFiles
+from diffmoe.training.display import as_clock, as_figure
 from diffmoe.training.loop import Progress
 
 ROUTING_MAPS = 4
@@ -98,7 +98,7 @@ class EpochLog:
         self.tell(
             f"epoch {progress.epoch}/{config.epochs}  loss {row['train_loss']:.3f}  "
             f"train {row['train_accuracy']:.1%}  validation {row['val_accuracy']:.1%}  "
-            f"{row['images_per_second']:,.0f} images/s  {time.strftime('%H:%M:%S', time.gmtime(math.ceil(left)))} left"
+            f"{as_figure(row['images_per_second'])} images/s  {as_clock(math.ceil(left))} left"
         )
 
     def _write_events(self, row: dict[str, float]) -> None:

@@ -17,15 +17,18 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from tqdm import tqdm
 
-from diffmoe.config import TrainingConfig, UserError
+from diffmoe.config import UserError
 from diffmoe.data.batches import PictureBatches
 from diffmoe.storage.run_files import Metrics
+from diffmoe.training.display import Display, as_clock, as_figure
 from diffmoe.training.objective import Sums, Trainee, means
 from diffmoe.training.optimizer import learning_rate
 from diffmoe.training.parallel import any_of, total
 from diffmoe.training.sizes import picture_size, resized
+
+LONG_STEP = 5.0
+"""Seconds of which what a first step alone needs is a small part."""
 
 
 @dataclass
@@ -62,13 +65,9 @@ class Progress:
         self.window += 1
         self.pictures += int(sums["pictures"]) * world_size
 
-    def state(self) -> dict[str, Any]:
-        """As a dict of tensors and numbers, for a checkpoint."""
-        return dict(vars(self))
-
     @classmethod
     def of(cls, state: dict[str, Any]) -> Progress:
-        """What `state` returned. Raises `TypeError` or `ValueError` where it did not."""
+        """Of the fields in a checkpoint. Raises `TypeError` or `ValueError` where they are not such."""
         found = cls(**state)
         for name in ("epoch", "window", "step", "pictures", "epochs_since_best"):
             if not isinstance(value := getattr(found, name), int) or value < 0:
@@ -94,18 +93,18 @@ class Hooks:
     """What `fit` calls on its way. All ranks call all of them."""
 
     validate: Callable[[], Metrics]
-    """Scores the model."""
+    """Scores the model: `val_accuracy` is to rise."""
     save: Callable[[Progress], None]
     """After each epoch, and before stopping on a signal: save everything."""
     tell: Callable[[Progress], None]
     """After an epoch is saved: write the history."""
     estimate: Callable[[float], None]
-    """Once, early on: the whole training's expected seconds."""
+    """Once, after a step or two: the seconds that the rest of training is going to take."""
+    say: Callable[[str], object]
+    """Where there is no terminal for a bar: a line now and then, of the first rank alone."""
 
 
-def fit(
-    trainee: Trainee, train: PictureBatches[Any], hooks: Hooks, progress: Progress, monitor: str = "val_accuracy"
-) -> Progress:
+def fit(trainee: Trainee, train: PictureBatches[Any], hooks: Hooks, progress: Progress) -> Progress:
     """Train to the end of `config.epochs`, or until validation stops improving.
 
     Args:
@@ -113,7 +112,6 @@ def fit(
         train: training batches of this rank.
         hooks: what to call on the way.
         progress: where to start: a fresh `Progress()`, or a saved one to resume. Updated in place.
-        monitor: the metric of `validate` that is to rise.
 
     Raises:
         StopRequested: on SIGINT or SIGTERM, after the current step was finished and saved.
@@ -122,13 +120,14 @@ def fit(
     fabric, config = trainee.fabric, trainee.config
     steps_per_epoch = math.ceil(len(train) / config.accumulation_steps)
     total_steps = config.epochs * steps_per_epoch
-    estimate_at = progress.step + 20
+    display = Display(hooks.say, silent=not fabric.is_global_zero)
+    clock = _Clock(fabric, progress)
     with _signals() as received:
-        while progress.epoch < config.epochs and not _is_stale(progress, config):
+        while progress.epoch < config.epochs and not 0 < config.patience <= progress.epochs_since_best:
             trainee.objective.train()
             batches = iter(train.epoch(progress.epoch, start=progress.window * config.accumulation_steps))
-            with _bar(fabric, progress, config.epochs, steps_per_epoch) as bar:
-                clock = _Clock(fabric, progress)
+            with display.epoch(f"epoch {progress.epoch + 1}/{config.epochs}", steps_per_epoch, progress.window):
+                clock.start()
                 while window := list(itertools.islice(batches, config.accumulation_steps)):
                     rate = learning_rate(progress.step, total_steps, config)
                     size = picture_size(progress.step, total_steps, config, trainee.model.config)
@@ -138,9 +137,9 @@ def fit(
                         raise _diverged(math.nan, progress.step) from error
                     progress.add(sums, fabric.world_size)
                     clock.read()
-                    _show(fabric, bar, progress, total_steps)
-                    if progress.step == estimate_at:
-                        hooks.estimate(progress.seconds / progress.step * total_steps)
+                    if (step_seconds := clock.step_seconds()) is not None:
+                        hooks.estimate(step_seconds * (total_steps - progress.step))
+                    display.step(lambda: _standing(fabric, progress, total_steps))
                     if _told_to_stop(fabric, received, progress):
                         _finite_means(fabric, progress)
                         hooks.save(progress)
@@ -151,7 +150,7 @@ def fit(
             validation = fabric.broadcast(hooks.validate())
             steps = range(progress.step - progress.window, progress.step)
             rates = [learning_rate(step, total_steps, config) for step in steps]
-            _finish_epoch(progress, rates, averages, validation, monitor)
+            _finish_epoch(progress, rates, averages, validation)
             hooks.save(progress)
             hooks.tell(progress)
             if _told_to_stop(fabric, received, progress):
@@ -160,22 +159,37 @@ def fit(
 
 
 class _Clock:
-    """Adds the time that training takes to `progress`, validation apart."""
+    """Adds the time that training takes to `progress`, validation apart; tells early on what a step takes."""
 
     def __init__(self, fabric: Fabric, progress: Progress) -> None:
         self.device, self.progress = fabric.device, progress
+        self.first: list[float] = []
+        """The seconds of the first steps, until they tell enough."""
+        self.has_told = False
+
+    def start(self) -> None:
+        """An epoch's first step begins."""
         self.last = time.perf_counter()
 
     def read(self, wait: bool = False) -> None:
-        """`wait` for a GPU, which would still be at work on what it was told: once an epoch."""
+        """A step is done. `wait` for a GPU, which would still be at work on what it was told: once an epoch."""
         if wait and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = time.perf_counter()
         self.progress.seconds += now - self.last
+        if not (wait or self.has_told):
+            self.first.append(now - self.last)
         self.last = now
 
+    def step_seconds(self) -> float | None:
+        """Once, when it is known: the shorter of two, as the first one warms up, which a long one makes up for."""
+        if self.has_told or (len(self.first) < 2 and self.first[0] < LONG_STEP):
+            return None
+        self.has_told = True
+        return min(self.first)
 
-def _finish_epoch(progress: Progress, rates: list[float], averages: Metrics, validation: Metrics, monitor: str) -> None:
+
+def _finish_epoch(progress: Progress, rates: list[float], averages: Metrics, validation: Metrics) -> None:
     if not math.isfinite(loss := validation.get("val_loss", 0.0)):
         raise _diverged(loss, progress.step)
     progress.epoch += 1
@@ -193,9 +207,10 @@ def _finish_epoch(progress: Progress, rates: list[float], averages: Metrics, val
             "peak_lr": max(rates),
         }
     )
-    improved = progress.best is None or validation[monitor] > progress.best
-    progress.best = validation[monitor] if improved else progress.best
-    progress.epochs_since_best = 0 if improved else progress.epochs_since_best + 1
+    if progress.best is None or validation["val_accuracy"] > progress.best:
+        progress.best, progress.epochs_since_best = validation["val_accuracy"], 0
+    else:
+        progress.epochs_since_best += 1
     progress.window, progress.sums = 0, {}
 
 
@@ -213,32 +228,14 @@ def _diverged(loss: float, step: int) -> UserError:
     return UserError(f"the loss is {loss} at step {step}: lower --lr or raise --warmup_fraction")
 
 
-def _is_stale(progress: Progress, config: TrainingConfig) -> bool:
-    return 0 < config.patience <= progress.epochs_since_best
-
-
-def _bar(fabric: Fabric, progress: Progress, epochs: int, steps: int) -> tqdm[Any]:
-    return tqdm(
-        desc=f"epoch {progress.epoch + 1}/{epochs}",
-        total=steps,
-        initial=progress.window,
-        unit="step",
-        leave=False,
-        bar_format="{desc} {percentage:3.0f}%|{bar:20}| {postfix}",
-        disable=None if fabric.is_global_zero else True,  # None: shown on a terminal only
-    )
-
-
-def _show(fabric: Fabric, bar: tqdm[Any], progress: Progress, total_steps: int) -> None:
-    """Move the bar; its numbers wait for the device, so they are read only when it is redrawn."""
-    if not bar.update() or bar.disable:
-        return
+def _standing(fabric: Fabric, progress: Progress, total_steps: int) -> str:
+    """Loss, accuracy, rate and the time that is left."""
     averages = means(progress.sums)
     if fabric.world_size == 1 and not math.isfinite(averages["loss"]):
         raise _diverged(averages["loss"], progress.step)
-    left = time.strftime("%H:%M:%S", time.gmtime(progress.seconds / progress.step * (total_steps - progress.step)))
+    left = as_clock(progress.seconds / progress.step * (total_steps - progress.step))
     told = f"loss {averages['loss']:.3f}  accuracy {averages['accuracy']:.1%}"
-    bar.set_postfix_str(f"{told}  {progress.pictures / progress.seconds:,.0f} images/s  {left} left", refresh=False)
+    return f"{told}  {as_figure(progress.pictures / progress.seconds)} images/s  {left} left"
 
 
 @contextmanager

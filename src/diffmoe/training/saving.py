@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -30,14 +31,16 @@ class Saver:
     info: DataInfo
     shared: Mapping[str, Any]
     """What a resumed run must have in common with this one, by name: settings, precision, the data."""
+    config: str
+    """The content of `config.yaml`."""
     is_first: bool
     """Nothing of this run is saved yet; its first files replace those of an earlier run."""
 
     def save(self, progress: Progress) -> None:
         """Every rank must call it. The model comes first: a `last.ckpt` that is ahead would never write it again."""
         trainee, fabric = self.trainee, self.trainee.fabric
-        weights: dict[str, Any] = {"model": whole_state(fabric, trainee.model)}
-        kept = weights["model"]
+        kept = whole_state(fabric, trainee.model)
+        weights: dict[str, Any] = {"model": dict(kept)}
         if trainee.averages is not None:
             kept = whole_state(fabric, trainee.averages.model)
             weights["averages"] = trainee.averages.state(kept)
@@ -45,6 +48,8 @@ class Saver:
         with place as files:
             if progress.is_best and fabric.is_global_zero:
                 save_model(files.model, trainee.evaluated, self.info, kept)
+            if self.is_first and fabric.is_global_zero:
+                files.write_config(self.config)
             save_run(files.last, trainee, progress, self.shared, weights)
         self.is_first = False
 
@@ -59,8 +64,9 @@ def save_run(
         "shared": dict(shared),
         **weights,
         "optimizer": trainee.optimizer.state_dict(),
-        "progress": progress.state(),
+        "progress": dict(vars(progress)),
         "rng": fabric.all_gather(_rng_state(fabric)),
+        "threads": torch.get_num_threads(),
     }
     if fabric.is_global_zero:
         write(path, states)
@@ -101,6 +107,8 @@ def _put_back(path: Path, states: dict[str, Any], trainee: Trainee, shared: Mapp
     if len(rng) != fabric.world_size:
         raise UserError(f"resume: {path} was written by {len(rng)} devices, not {fabric.world_size}")
     _set_rng_state(fabric, rng[fabric.global_rank])
+    if "OMP_NUM_THREADS" not in os.environ:  # the last bit of a sum depends on how many made it
+        torch.set_num_threads(states.get("threads", torch.get_num_threads()))
     return Progress.of(states["progress"])
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import Literal, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -25,6 +26,7 @@ from diffmoe.config import UserError
 from diffmoe.evaluation.attention import image_maps
 from diffmoe.model.encoders import AttentionMap
 from diffmoe.visualization import style
+from diffmoe.visualization.colors import LUMA, VERMILLION
 from diffmoe.visualization.language import say
 from diffmoe.visualization.marks import axes_at, block_name, no_axes
 from diffmoe.visualization.style import styled
@@ -42,8 +44,19 @@ BAR, BAR_HEIGHT, NUMBERS = 0.13, 2.7, 0.55
 COLORS = matplotlib.colormaps["viridis"](np.linspace(0, 1, 256))
 COLORS[:, 3] = np.linspace(0.35, 0.85, 256)
 """Of a heat map, from low to high: the lower, the more of the picture is seen through it."""
-DARK, LIGHT = 0.2, 0.85
+DIMMED = (0.2, 0.85)
 """What black and white of the picture become under it."""
+BRIGHTEST, BRIGHTEST_OF_ROLLOUT = 8, 4
+"""How many times an even share the brightest colour stands for; where there is more, it looks the same."""
+
+
+class _Scale(NamedTuple):
+    """What the colours of a figure stand for."""
+
+    label: str
+    norm: Normalize
+    """From a value to its place on the colour bar, 0 to 1."""
+    is_share: bool
 
 
 class _Panel(NamedTuple):
@@ -60,6 +73,7 @@ class _Panel(NamedTuple):
 @styled()
 def attention_maps(image: Tensor, maps: Sequence[AttentionMap], patch: int | None = None) -> Figure:
     """How to read it: a bright patch is looked at much: by the framed patch, or by all of them where none is framed.
+    The scale is the same in all such figures of a model.
 
     A row is a block of the image tower; first the mean of its heads, then each head.
 
@@ -82,7 +96,7 @@ def attention_maps(image: Tensor, maps: Sequence[AttentionMap], patch: int | Non
             panels.append(
                 _Panel(row, 1 + column, "" if row else name, heat, "" if column else block_name("image", block.layer))
             )
-    return _sheet(image, panels, _share_of_attention(num_patches), patch)
+    return _sheet(image, panels, _attention_scale(num_patches), patch)
 
 
 @styled()
@@ -94,7 +108,7 @@ def attention_rollout(image: Tensor, weights: Tensor) -> Figure:
     heat = weights.detach().float().cpu().numpy()
     panels = [_Panel(0, 0, say("picture"), None), _Panel(0, 1, say("attention rollout"), heat)]
     label = say("share of the picture's embedding\n(even: {share:.1%})", share=1 / len(heat))
-    return _sheet(image, panels, label, side=2 * SIDE)
+    return _sheet(image, panels, _share_scale(label, len(heat), BRIGHTEST_OF_ROLLOUT), side=2 * SIDE)
 
 
 @styled()
@@ -106,10 +120,10 @@ def word_maps(image: Tensor, words: Sequence[str], weights: Tensor) -> Figure:
     Args:
         image: (1 or 3, height, width) uint8.
         words: W of them.
-        weights: (W, N), rows sum to 1: `WordAttention.weights`.
+        weights: (W, N), rows sum to 1: those of `word_attention`.
     """
     _check_count("words", len(words), weights)
-    return _named_maps(image, words[:MOST], weights[:MOST], _share_of_attention(weights.shape[1]))
+    return _named_maps(image, words[:MOST], weights[:MOST], _attention_scale(weights.shape[1]))
 
 
 @styled()
@@ -118,6 +132,7 @@ def class_maps(
     class_names: Sequence[str],
     values: Tensor,
     kind: Literal["similarity", "attention"] = "similarity",
+    limits: tuple[float, float] | None = None,
 ) -> Figure:
     """How to read it: a bright patch goes well with the description of the class above; the bar has the measure.
 
@@ -129,27 +144,39 @@ def class_maps(
         values: (C, N).
         kind: what they are: "similarity" is the cosine of a patch and a description, of `patch_similarity`;
             "attention" the share of a patch's attention that a description gets, of `description_attention`.
+        limits: the lowest and the highest similarity on the scale, for figures that are to be compared; None: of these.
     """
     _check_count("class names", len(class_names), values)
     chosen = values.mean(1).argsort(descending=True, stable=True)[:MOST].sort().values.tolist()
     names = style.labels(class_names, max_width=40)
-    label = say("cosine of patch and class description")
     if kind == "attention":
         label = say("share of the patch's attention\n(even: {share:.1%})", share=1 / len(values))
-    return _named_maps(image, [names[row] for row in chosen], values[chosen], label, percent=kind == "attention")
+        scale = _share_scale(label, len(values))
+    else:
+        low, high = limits or (float(values[chosen].min()), float(values[chosen].max()))
+        # At least a little wide: cosines that are all alike would be noise in the brightest colours.
+        norm = Normalize(low, max(high, low + 1e-3))
+        scale = _Scale(say("cosine of patch and class description"), norm, is_share=False)
+    return _named_maps(image, [names[row] for row in chosen], values[chosen], scale)
 
 
-def _share_of_attention(num_patches: int) -> str:
-    return say("share of the attention\n(even: {share:.1%})", share=1 / num_patches)
+def _attention_scale(num_patches: int) -> _Scale:
+    return _share_scale(say("share of the attention\n(even: {share:.1%})", share=1 / num_patches), num_patches)
 
 
-def _named_maps(image: Tensor, names: Sequence[str], heats: Tensor, label: str, percent: bool = True) -> Figure:
+def _share_scale(label: str, among: int, brightest: float = BRIGHTEST) -> _Scale:
+    """Of shares among so many: whatever they are, so that figures can be compared with each other."""
+    # Shares are often tiny but for a few: their roots tell the tiny ones apart.
+    return _Scale(label, PowerNorm(0.5, 0, min(1, brightest / among)), is_share=True)
+
+
+def _named_maps(image: Tensor, names: Sequence[str], heats: Tensor, scale: _Scale) -> Figure:
     """The picture, then a heat map under each name, in rows."""
     panels = [_Panel(0, 0, say("picture"), None)]
     columns = min(COLUMNS, len(names) + 1)
     for number, (name, heat) in enumerate(zip(names, heats.detach().float().cpu().numpy(), strict=True), start=1):
         panels.append(_Panel(*divmod(number, columns), name, heat))
-    return _sheet(image, panels, label, percent=percent)
+    return _sheet(image, panels, scale)
 
 
 def _of_one_picture(attention: AttentionMap) -> NDArray[np.float32]:
@@ -167,12 +194,11 @@ def _check_count(what: str, count: int, values: Tensor) -> None:
 def _sheet(
     image: Tensor,
     panels: Sequence[_Panel],
-    label: str,
+    scale: _Scale,
     patch: int | None = None,
-    percent: bool = True,
     side: float = SIDE,
 ) -> Figure:
-    """Draw `panels` on a grid, with one colour bar, which `label` explains, for all of them."""
+    """Draw `panels` on a grid, with one colour bar for all of them."""
     columns = 1 + max(panel.column for panel in panels)
     side = min(side, WIDTH / columns)
     tall = side * image.shape[1] / image.shape[2]
@@ -182,20 +208,19 @@ def _sheet(
     tops = _tops(panels, titles, tall)
     bottom = tops[-1] + tall
     bar_left, bar_height = MARGIN + columns * (side + GAP) + beside, min(bottom - tops[0], BAR_HEIGHT)
-    label = "\n".join(style.wrap(line, bar_height, style.SMALL) for line in label.split("\n"))
+    label = "\n".join(style.wrap(line, bar_height, style.SMALL) for line in scale.label.split("\n"))
     width = bar_left + BAR + NUMBERS + _num_lines(label) * style.LINE + MARGIN
     figure = Figure(figsize=(width, bottom + MARGIN))
-    heats = np.stack([panel.heat for panel in panels if panel.heat is not None])
-    norm = _norm(heats, percent)
+    num_patches = next(len(panel.heat) for panel in panels if panel.heat is not None)
     for panel, title, side_title in zip(panels, titles, side_titles, strict=True):
         left = MARGIN + panel.column * (side + GAP) + (beside if panel.column else 0)
         axes = axes_at(figure, left, tops[panel.row], side, tall)
-        _show(axes, image, panel.heat, norm)
+        _show(axes, image, panel.heat, scale.norm)
         axes.set_title(title, fontsize=style.SMALL, pad=3, linespacing=1.2)
         axes.set_ylabel(side_title, fontsize=style.SMALL, labelpad=3, linespacing=1.2)
         if patch is not None:
-            _frame(axes, image, patch, heats.shape[1])
-    _color_bar(axes_at(figure, bar_left, tops[0], BAR, bar_height), norm, label, percent)
+            _frame(axes, image, patch, num_patches)
+    _color_bar(axes_at(figure, bar_left, tops[0], BAR, bar_height), scale._replace(label=label))
     return figure
 
 
@@ -208,14 +233,6 @@ def _tops(panels: Sequence[_Panel], titles: Sequence[str], tall: float) -> list[
     return tops
 
 
-def _norm(heats: NDArray[np.float32], percent: bool) -> Normalize:
-    """From a value to its place on the colour bar, 0 to 1."""
-    # At least a little wide: even attention would be noise in the brightest colours.
-    low, high = heats.min(), max(heats.max(), heats.min() + 1e-3)
-    # Shares are often tiny but for a few: their roots tell the tiny ones apart.
-    return PowerNorm(0.5, low, high) if percent else Normalize(low, high)
-
-
 def _num_lines(text: str) -> int:
     return text.count("\n") + 1 if text else 0
 
@@ -224,13 +241,14 @@ def _show(axes: Axes, image: Tensor, heat: NDArray[np.float32] | None, norm: Nor
     """The picture; with `heat` in grey, the cells of the heat map over it."""
     pixels = image.permute(1, 2, 0).cpu().numpy()
     height, width, channels = pixels.shape
-    drawn: dict[str, Any] = {"interpolation": "nearest", "extent": (0, width, height, 0)}
+    show = partial(axes.imshow, interpolation="nearest", extent=(0, width, height, 0))
     if heat is None:
-        axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, **drawn)
+        show(pixels, cmap="gray", vmin=0, vmax=255)
     else:
-        grey = pixels @ np.array(style.LUMA if channels == 3 else (1,)) / 255
-        axes.imshow(DARK + (LIGHT - DARK) * grey, cmap="gray", vmin=0, vmax=1, **drawn)
-        axes.imshow(heat.reshape(_grid(len(heat), image)), cmap=ListedColormap(COLORS), norm=norm, **drawn)
+        grey = pixels @ np.array(LUMA if channels == 3 else (1,)) / 255
+        black, white = DIMMED
+        show(black + (white - black) * grey, cmap="gray", vmin=0, vmax=1)
+        show(heat.reshape(_grid(len(heat), image)), cmap=ListedColormap(COLORS), norm=norm)
     no_axes(axes)
 
 
@@ -247,21 +265,22 @@ def _frame(axes: Axes, image: Tensor, patch: int, num_patches: int) -> None:
     rows, columns = _grid(num_patches, image)
     row, column = divmod(patch, columns)
     height, width = image.shape[1] / rows, image.shape[2] / columns
-    for color, thickness in (("white", 2.4), (style.VERMILLION, 1.2)):
+    for color, thickness in (("white", 2.4), (VERMILLION, 1.2)):
         corner = (column * width, row * height)
         axes.add_patch(Rectangle(corner, width, height, fill=False, color=color, linewidth=thickness, clip_on=False))
 
 
-def _color_bar(axes: Axes, norm: Normalize, label: str, percent: bool) -> None:
+def _color_bar(axes: Axes, scale: _Scale) -> None:
     """What each colour over a middling grey stands for."""
-    grey = (DARK + LIGHT) / 2
+    norm, grey = scale.norm, sum(DIMMED) / 2
     opacity = COLORS[:, 3:]
     seen = ListedColormap(opacity * COLORS[:, :3] + (1 - opacity) * grey)
     assert norm.vmin is not None
     assert norm.vmax is not None
     ticks = [tick for tick in MaxNLocator(4).tick_values(norm.vmin, norm.vmax) if norm.vmin <= tick <= norm.vmax]
-    bar = axes.figure.colorbar(ScalarMappable(norm, seen), cax=axes, ticks=ticks)
-    bar.ax.yaxis.set_major_formatter(style.percent_tick if percent else "{x:g}")
+    beyond = "max" if scale.is_share and norm.vmax < 1 else "neither"
+    bar = axes.figure.colorbar(ScalarMappable(norm, seen), cax=axes, ticks=ticks, extend=beyond)
+    bar.ax.yaxis.set_major_formatter(style.percent_tick if scale.is_share else "{x:g}")
     bar.ax.tick_params(length=2)
     bar.outline.set_visible(False)
-    bar.set_label(label, fontsize=style.SMALL, linespacing=1.2)
+    bar.set_label(scale.label, fontsize=style.SMALL, linespacing=1.2)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from diffmoe.evaluation.retrieval import RECALL_AT
 from diffmoe.visualization import style
+from diffmoe.visualization.colors import BLUE, theme
 from diffmoe.visualization.language import say
 from diffmoe.visualization.marks import axes_at, show_picture
 from diffmoe.visualization.style import styled
@@ -46,7 +47,7 @@ def caption_sheet(
         _check_count("captions", len(texts), images)
     new = [False] * len(images) if new is None else new
     _check_count("marks", len(new), images)
-    side, colors = 2.1, (style.INK, style.MUTED)
+    side, colors = 2.1, (theme().ink, theme().muted)
     wrapped = [
         [
             (style.wrap(text if text.strip() else say("(nothing)"), side, style.SMALL), color)
@@ -56,7 +57,7 @@ def caption_sheet(
     ]
     for texts, is_new in zip(wrapped, new, strict=True):
         if is_new:
-            texts.append((say("new pair"), style.VERMILLION))
+            texts.append((say("new pair"), theme().wrong))
     below = [sum(PAD + _height(text) for text, _ in texts) for texts in wrapped]
     figure, panels = _grid(images, side, below, most_columns=4)
     for axes, texts in zip(panels, wrapped, strict=True):
@@ -113,7 +114,7 @@ def retrieval_grid(query: str, images: Tensor, scores: Tensor, right: Tensor | N
     figure.text(MARGIN / width, 1 - MARGIN / height, asked, va="top", fontsize=style.FONT_SIZE)
     for axes, row in zip(panels, order.tolist(), strict=True):
         is_right = right is not None and bool(right[row])
-        color = style.RIGHT_COLOR if is_right else style.INK
+        color = theme().right if is_right else theme().ink
         mark = f"{style.RIGHT} " if is_right else ""
         _write_below(axes, axes.transAxes, f"{mark}{scores[row]:.3f}", color)
         if is_right:
@@ -142,15 +143,17 @@ def ranked_texts(image: Tensor, texts: Sequence[str], scores: Tensor, probabilit
     show_picture(axes_at(figure, MARGIN, MARGIN, side, tall), image)
     axes = axes_at(figure, left, MARGIN + title, bars, sum(heights))
     centers = np.cumsum(heights) - np.array(heights) / 2
-    axes.barh(centers, values, height=0.13, color=style.BLUE)
-    axes.axvline(0, color=style.MUTED, linewidth=0.8)
+    axes.barh(centers, values, height=0.13, color=BLUE)
+    axes.axvline(0, color=theme().muted, linewidth=0.8)
     limits = (0, 1) if probabilities else (min(0, *values), max(1e-6, *values))
     axes.set(xlim=limits, ylim=(sum(heights), 0), xticks=[])
     axes.set_yticks(centers, wrapped, linespacing=1.2)
     axes.tick_params(length=0, pad=2 * PAD * 72)
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
-    axes.set_title(say("probability") if probabilities else say("similarity"), fontsize=style.SMALL, color=style.MUTED)
+    axes.set_title(
+        say("probability") if probabilities else say("similarity"), fontsize=style.SMALL, color=theme().muted
+    )
     for center, value in zip(centers, values, strict=True):
         number = f"{value:.1%}" if probabilities else f"{value:.3f}"
         axes.text(1.04, center, number, transform=axes.get_yaxis_transform(), va="center", fontsize=style.SMALL)

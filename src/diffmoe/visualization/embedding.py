@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from diffmoe.evaluation.embedding import FEWEST_FOR_TSNE
 from diffmoe.visualization import style
+from diffmoe.visualization.colors import theme
 from diffmoe.visualization.language import say
 from diffmoe.visualization.marks import axes_at
 from diffmoe.visualization.style import styled
@@ -61,7 +61,7 @@ def embedding_map(points: Tensor, labels: Tensor, class_names: Sequence[str]) ->
     axes = axes_at(figure, MARGIN, MARGIN, side, side)
     places = _in_square(points.double().numpy(), side)
     axes.set(xlim=(0, side), ylim=(0, side), xticks=[], yticks=[])
-    axes.spines[:].set(visible=True, color=style.GRID)
+    axes.spines[:].set(visible=True, color=theme().grid)
     axes.grid(visible=False)
     for number in classes:
         _scatter(axes, places[(labels == number).numpy()], number, size=9 if is_crowded else 24)
@@ -73,7 +73,7 @@ def embedding_map(points: Tensor, labels: Tensor, class_names: Sequence[str]) ->
     method = say("PCA, then t-SNE") if len(points) >= FEWEST_FOR_TSNE else say("PCA")
     note = say("{count} pictures; {method}; the axes have no unit", count=len(points), method=method)
     width, height = figure.get_size_inches()
-    figure.text(MARGIN / width, MARGIN / height, note, fontsize=style.SMALL, color=style.MUTED)
+    figure.text(MARGIN / width, MARGIN / height, note, fontsize=style.SMALL, color=theme().muted)
     return figure
 
 
@@ -91,19 +91,19 @@ def _in_square(points: Points, side: float) -> Points:
 
 def _scatter(axes: Axes, places: Points, number: int, size: float) -> None:
     color, marker = class_style(number)
-    edge: dict[str, Any] = {"linewidths": 0.3, "edgecolors": "white"}
-    axes.scatter(places[:, 0], places[:, 1], s=size, c=color, marker=marker, alpha=0.75, gid=f"class {number}", **edge)
+    x, y, name, edge = places[:, 0], places[:, 1], f"class {number}", theme().ground
+    axes.scatter(x, y, size, color, marker=marker, alpha=0.75, linewidths=0.3, edgecolors=edge, gid=name)
 
 
 def _write_names(
     axes: Axes, medians: Points, names: Sequence[str], numbers: Sequence[int], side: float, font_size: float
 ) -> None:
     sizes = np.array([(style.inches(name, font_size) + 0.09, 1.4 * font_size / 72 + 0.04) for name in names])
-    box: dict[str, Any] = {"boxstyle": "square,pad=0.2", "linewidth": 0.7, "facecolor": (1, 1, 1, 0.85)}
+    box = {"boxstyle": "square,pad=0.2", "linewidth": 0.7, "facecolor": (theme().ground, 0.85)}
     for name, number, median, center in zip(names, numbers, medians, _places(medians, sizes, side), strict=True):
         (x, y), (median_x, median_y) = center, median
         if math.dist(center, median) > style.LINE:
-            line = {"color": style.INK, "linewidth": 0.6, "marker": "o", "markersize": 2.5, "markevery": [0]}
+            line = {"color": theme().ink, "linewidth": 0.6, "marker": "o", "markersize": 2.5, "markevery": [0]}
             axes.plot([median_x, x], [median_y, y], zorder=3, **line)
         edge = {"edgecolor": class_style(number)[0]}
         axes.text(x, y, name, ha="center", va="center", fontsize=font_size, bbox=box | edge, zorder=4)

@@ -29,24 +29,24 @@ from diffmoe.evaluation.experts import (
 )
 from diffmoe.evaluation.history import load_history
 from diffmoe.visualization import style
+from diffmoe.visualization.colors import BLUE, GREEN, ORANGE, expert_color, ink_on, theme
 from diffmoe.visualization.language import say
 from diffmoe.visualization.marks import (
     block_name,
     expert_axis,
     expert_legend,
-    ink_on,
     label_edges,
     no_axes,
     panels,
     show_picture,
 )
 from diffmoe.visualization.patches import favourite_sheet, on_grid, patch_size, routing_picture, tile_step
-from diffmoe.visualization.style import expert_color, styled
+from diffmoe.visualization.style import styled
 
 BINS = 40
 MOST_ROWS = 30
 """Of a heat map whose cells are written in."""
-PLACE_COLORS = {"image": style.BLUE, "text": style.GREEN, "fusion": style.ORANGE}
+PLACE_COLORS = {"image": BLUE, "text": GREEN, "fusion": ORANGE}
 
 
 @styled()
@@ -77,9 +77,8 @@ def _show_routing(axes: Axes, image: Tensor, block: BlockRouting, numbered: bool
     height, width = image.shape[1:]
     patch = patch_size(image, block)
     axes.imshow(routing_picture(image, block), extent=(0, width, height, 0), interpolation="nearest")
-    line: dict[str, Any] = {"color": "white", "linewidth": 0.8}
-    axes.vlines(np.arange(patch, width, patch), 0, height, **line)
-    axes.hlines(np.arange(patch, height, patch), 0, width, **line)
+    axes.vlines(np.arange(patch, width, patch), 0, height, color=theme().ground, linewidth=0.8)
+    axes.hlines(np.arange(patch, height, patch), 0, width, color=theme().ground, linewidth=0.8)
     if numbered:
         ids_RQK, _ = on_grid(image, block)
         for (row, column), expert in np.ndenumerate(ids_RQK[..., 0]):
@@ -104,14 +103,14 @@ def utilization(blocks: Sequence[BlockRouting]) -> Figure:
     axes, table = figure.subplots(1, 2, width_ratios=[1.7, 1], sharey=True)
     numbers = [str(expert + 1) for expert in range(num_experts)]
     _stack(axes, -1, np.full(num_experts, 1 / num_experts), numbers)
-    _write_row(table, -1, (say("CV"), say("max/mean"), say("dead"), say("entropy")), style.MUTED)
+    _write_row(table, -1, (say("CV"), say("max/mean"), say("dead"), say("entropy")), theme().muted)
     for row, block in enumerate(blocks):
         counts = tokens_per_expert(block)
         share = (counts / counts.sum()).numpy()
         _stack(axes, row, share, [f"{part:.0%}" for part in share])
         found = imbalance(counts)
         cells = (f"{found['cv']:.2f}", f"{found['max_over_mean']:.2f}", f"{found['dead']:.0f}")
-        _write_row(table, row, (*cells, f"{found['normalized_entropy']:.3f}"), style.INK)
+        _write_row(table, row, (*cells, f"{found['normalized_entropy']:.3f}"), theme().ink)
     names = [block_name(block.place, block.layer) for block in blocks]
     axes.set_yticks(range(-1, len(blocks)), [say("expert, at even load"), *names])
     axes.set(xlim=(0, 1), ylim=(len(blocks) - 0.5, -1.5), xlabel=say("share of the block's routed tokens"))
@@ -133,7 +132,7 @@ def _stack(axes: Axes, row: int, shares: NDArray[Any], texts: Sequence[str]) -> 
     left = 0.0
     for expert, (share, text) in enumerate(zip(shares.tolist(), texts, strict=True)):
         color = expert_color(expert)
-        axes.barh(row, share, 0.64, left, color=color, edgecolor="white", linewidth=0.8)
+        axes.barh(row, share, 0.64, left, color=color, edgecolor=theme().ground, linewidth=0.8)
         if share > 0.012 * len(text) + 0.01:
             written = axes.text(left + share / 2, row, text, ha="center", va="center", fontsize=7, color=ink_on(color))
             written.set_in_layout(False)
@@ -250,7 +249,7 @@ def coactivation_map(blocks: Sequence[BlockRouting]) -> Figure:
     figure, axes = _heat_maps(np.stack(shares), titles, say("share of the row's tokens"))
     for panel in axes:
         expert_axis(panel.yaxis, range(shown[0].num_experts))
-        panel.set(facecolor=style.GRID, xlabel=say("also sent to expert"), ylabel=say("tokens of expert"))
+        panel.set(facecolor=theme().grid, xlabel=say("also sent to expert"), ylabel=say("tokens of expert"))
     label_edges(axes)
     return figure
 
@@ -265,9 +264,9 @@ def _heat_maps(values: NDArray[Any], titles: list[str], label: str) -> tuple[Fig
     figure, axes = panels(titles, width + 0.3, max(height, 1.6) + 0.5, columns=max(1, int(8 / width)), below=0.4)
     top = float(np.nanmax(values)) or 1
     for panel, value in zip(axes, values, strict=True):
-        panel.imshow(value, cmap="Blues", vmin=0, vmax=top, aspect="auto")
+        panel.imshow(value, cmap=theme().shares, vmin=0, vmax=top, aspect="auto")
         if is_written:
-            _write_cells(panel, value, lambda share: f"{100 * share:.0f}", value > 0.55 * top)
+            _write_cells(panel, value, lambda share: f"{100 * share:.0f}")
         expert_axis(panel.xaxis, range(num_experts))
         panel.grid(visible=False)
         panel.spines[:].set_visible(False)
@@ -278,10 +277,12 @@ def _heat_maps(values: NDArray[Any], titles: list[str], label: str) -> tuple[Fig
     return figure, axes
 
 
-def _write_cells(axes: Axes, values: NDArray[Any], write: Callable[[float], str], is_dark: NDArray[np.bool_]) -> None:
+def _write_cells(axes: Axes, values: NDArray[Any], write: Callable[[float], str]) -> None:
+    """On the cells of the heat map that `axes` shows."""
+    colors = axes.images[0].to_rgba(values)
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
-            ink = "white" if is_dark[row, column] else style.INK
+            ink = ink_on(colors[row, column])
             text = axes.text(column, row, write(value), ha="center", va="center", fontsize=7, color=ink)
             text.set_in_layout(False)  # it is inside: the layout need not measure it, which takes long
 
@@ -303,8 +304,8 @@ def router_confidence(blocks: Sequence[BlockRouting]) -> Figure:
         color = PLACE_COLORS[block.place]
         _hill(confidence, row, block.confidence[block.real], 1.0, color)
         _hill(entropy, row, block.entropy[block.real], undecided, color)
-    confidence.axvline(1 / blocks[0].num_experts, color=style.MUTED, linestyle=":", linewidth=1)
-    entropy.axvline(undecided, color=style.MUTED, linestyle=":", linewidth=1)
+    confidence.axvline(1 / blocks[0].num_experts, color=theme().muted, linestyle=":", linewidth=1)
+    entropy.axvline(undecided, color=theme().muted, linestyle=":", linewidth=1)
     confidence.set(xlim=(0, 1), xlabel=say("largest probability"), title=say("Router confidence"))
     entropy.set(xlim=(0, 1.04 * undecided), xlabel=say("entropy, nats"), title=say("Router entropy"))
     confidence.set_yticks(range(len(blocks)), [block_name(block.place, block.layer) for block in blocks])
@@ -320,7 +321,7 @@ def _hill(axes: Axes, row: int, values: Tensor, top: float, color: str) -> None:
     counts, edges = np.histogram(values.numpy(), bins=BINS, range=(0, top))
     heights = 0.8 * counts / max(counts.max(), 1)
     axes.stairs(row - heights, edges, baseline=row, fill=True, color=color, alpha=0.75)
-    axes.plot([float(values.median())] * 2, [row, row - 0.8], color=style.INK, linewidth=1.2)
+    axes.plot([float(values.median())] * 2, [row, row - 0.8], color=theme().ink, linewidth=1.2)
 
 
 @styled()
@@ -334,8 +335,8 @@ def ablation_map(ablation: Ablation) -> Figure:
     figure = Figure(figsize=(max(0.56 * num_experts + 1.8, 5), 0.42 * num_blocks + 1.1), layout="constrained")
     axes = figure.add_subplot()
     most = max(float(np.abs(change).max()), 0.1)
-    axes.imshow(change, cmap="RdBu", vmin=-most, vmax=most, aspect="auto")
-    _write_cells(axes, change, _points, np.abs(change) > 0.6 * most)
+    axes.imshow(change, cmap=theme().changes, vmin=-most, vmax=most, aspect="auto")
+    _write_cells(axes, change, _points)
     expert_axis(axes.xaxis, range(num_experts))
     axes.set_xlabel(say("expert switched off"))
     axes.set_yticks(range(num_blocks), [block_name(*place) for place in ablation.places])

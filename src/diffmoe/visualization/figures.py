@@ -24,6 +24,7 @@ from diffmoe.config import UserError
 from diffmoe.evaluation.classification import CALIBRATION_BINS, Predictions, calibration_bins, calibration_error
 from diffmoe.files import write_atomically
 from diffmoe.visualization import style
+from diffmoe.visualization.colors import BLUE, ORANGE, SKY, VERMILLION, ink_on, theme
 from diffmoe.visualization.language import say
 from diffmoe.visualization.style import styled
 
@@ -83,21 +84,21 @@ def _epoch_axis(axes: Axes, history: History) -> None:
 
 
 def _loss_panel(axes: Axes, history: History) -> None:
-    _curve(axes, history, "train_loss", color=style.BLUE, label=say("train"))
-    _curve(axes, history, "task_loss", color=style.SKY, linestyle=":", label=say("train, task part only"))
-    _curve(axes, history, "val_loss", color=style.VERMILLION, linestyle="--", label=say("validation"))
+    _curve(axes, history, "train_loss", color=BLUE, label=say("train"))
+    _curve(axes, history, "task_loss", color=SKY, linestyle=":", label=say("train, task part only"))
+    _curve(axes, history, "val_loss", color=VERMILLION, linestyle="--", label=say("validation"))
     axes.set_title(say("Loss"))
     _legend(axes)
 
 
 def _accuracy_panel(axes: Axes, history: History, title: str) -> None:
-    _curve(axes, history, "train_accuracy", color=style.BLUE, label=say("train"))
-    _curve(axes, history, "val_accuracy", color=style.VERMILLION, linestyle="--", label=say("validation"))
+    _curve(axes, history, "train_accuracy", color=BLUE, label=say("train"))
+    _curve(axes, history, "val_accuracy", color=VERMILLION, linestyle="--", label=say("validation"))
     validated = [row for row in history if math.isfinite(row.get("val_accuracy", math.nan))]
     if validated:
         best = max(validated, key=lambda row: row["val_accuracy"])
         label = say("best: {accuracy:.1%}, epoch {epoch:g}", accuracy=best["val_accuracy"], epoch=best["epoch"])
-        star = {"marker": "*", "markersize": 12, "color": style.VERMILLION, "markeredgecolor": "white"}
+        star = {"marker": "*", "markersize": 12, "color": VERMILLION, "markeredgecolor": theme().ground}
         axes.plot(best["epoch"], best["val_accuracy"], linestyle="", zorder=4, label=label, **star)
     axes.set_title(_accuracy_title(title))
     axes.yaxis.set_major_formatter(style.percent_tick)
@@ -105,8 +106,8 @@ def _accuracy_panel(axes: Axes, history: History, title: str) -> None:
 
 
 def _learning_rate_panel(axes: Axes, history: History) -> None:
-    _curve(axes, history, "lr", color=style.BLUE, label=say("at the epoch's end"))
-    _curve(axes, history, "peak_lr", color=style.VERMILLION, linestyle="--", label=say("highest of the epoch"))
+    _curve(axes, history, "lr", color=BLUE, label=say("at the epoch's end"))
+    _curve(axes, history, "peak_lr", color=VERMILLION, linestyle="--", label=say("highest of the epoch"))
     axes.set_title(say("Learning rate"))
     axes.set_ylim(0, 1.08 * axes.dataLim.y1 or 1)
     axes.yaxis.set_major_formatter("{x:g}")
@@ -119,7 +120,7 @@ def _legend(axes: Axes) -> None:
 
 
 def _auxiliary_panel(axes: Axes, history: History, key: str) -> None:
-    _curve(axes, history, key, color=style.INK)
+    _curve(axes, history, key, color=theme().ink)
     axes.set_title(_auxiliary_title(key))
 
 
@@ -140,7 +141,7 @@ def _auxiliary_title(key: str) -> str:
 
 @styled()
 def confusion_matrix(matrix: Tensor | ArrayLike, class_names: Sequence[str]) -> Figure:
-    """How to read it: a row is a true class, a dark cell off the diagonal the class that it is mistaken for.
+    """How to read it: a row is a true class, a coloured cell off the diagonal the class that it is mistaken for.
 
     `matrix` (C, C): counts, true class by predicted class. The colour is the share of the row. Up to 20 classes the
     counts are written in the cells (none for 0); the side grows with C up to a page, then only some classes are named.
@@ -158,9 +159,9 @@ def confusion_matrix(matrix: Tensor | ArrayLike, class_names: Sequence[str]) -> 
     figure = Figure(figsize=(side + longest + 1.8, side + below + 1), layout="compressed")
     axes = figure.add_subplot()
     # The root makes a share of 5% visible, which is where confusions are.
-    image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1))
+    image = axes.imshow(shares, cmap=theme().shares, norm=PowerNorm(0.5, vmin=0, vmax=1))
     if len(counts) <= 20:
-        _write_counts(axes, counts, shares, cell)
+        _write_counts(axes, counts, image.to_rgba(shares), cell)
     ticks = np.arange(0, len(counts), math.ceil(line_height / cell))
     shown = [names[tick] for tick in ticks]
     axes.set_yticks(ticks, shown)
@@ -176,10 +177,10 @@ def confusion_matrix(matrix: Tensor | ArrayLike, class_names: Sequence[str]) -> 
     return figure
 
 
-def _write_counts(axes: Axes, counts: NDArray[Any], shares: NDArray[Any], cell: float) -> None:
+def _write_counts(axes: Axes, counts: NDArray[Any], colors: Any, cell: float) -> None:
     size = min(style.FONT_SIZE, 0.85 * cell * 72 / (style.GLYPH_WIDTH * len(str(counts.max()))))
     for row, column in np.argwhere(counts):
-        color = "white" if shares[row, column] > 0.45 else style.INK
+        color = ink_on(colors[row, column])
         axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=color, fontsize=size)
 
 
@@ -208,7 +209,7 @@ def prediction_grid(images: Tensor, labels: Tensor, probabilities: Tensor, class
         axes.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axes.set(xticks=[], yticks=[])
         is_right = bool(predicted[i] == labels[i])
-        color = style.RIGHT_COLOR if is_right else style.WRONG_COLOR
+        color = theme().right if is_right else theme().wrong
         mark = style.RIGHT if is_right else style.WRONG
         truth = "" if is_right else say("true: {name}", name=names[int(labels[i])])
         guess = f"{mark} {names[int(predicted[i])]} ({confidence[i]:.0%})"
@@ -230,19 +231,24 @@ def reliability_diagram(predictions: Predictions, bins: int = CALIBRATION_BINS) 
     centers = (filled + 0.5) / bins
     figure = Figure(figsize=(5, 5.2), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3.2, 1])
-    upper.bar(centers, accuracy, color=style.SKY, label=say("accuracy"), **bar)
+    upper.bar(centers, accuracy, color=SKY, label=say("accuracy"), **bar)
     # Opaque: it may lie over the bar, and must look as in the legend.
-    hatched = {"facecolor": "#F5D7BF", "edgecolor": style.VERMILLION, "hatch": "////", "zorder": 3}
+    hatched = {
+        "facecolor": theme().over_ground(VERMILLION, 0.25),
+        "edgecolor": VERMILLION,
+        "hatch": "////",
+        "zorder": 3,
+    }
     upper.bar(centers, confidence - accuracy, bottom=accuracy, label=say("gap to confidence"), **(bar | hatched))
     upper.plot(
-        [0, 1], [0, 1], color=style.INK, linestyle="--", linewidth=1, label=say("perfectly calibrated"), zorder=4
+        [0, 1], [0, 1], color=theme().ink, linestyle="--", linewidth=1, label=say("perfectly calibrated"), zorder=4
     )
     upper.set(xlim=(0, 1), ylim=(0, 1), ylabel=say("accuracy"))
     upper.set_title(say("Calibration: expected error {error:.1%}", error=calibration_error(predictions, bins)))
     figure.legend(loc="outside lower center", ncols=3)
     upper.yaxis.set_major_formatter(style.percent_tick)
     share = binned.count.numpy()[filled] / len(predictions.labels)
-    lower.bar(centers, share, color=style.MUTED, **bar)
+    lower.bar(centers, share, color=theme().muted, **bar)
     lower.set(xlabel=say("confidence"), ylabel=say("predictions"))
     for axis in (lower.xaxis, lower.yaxis):
         axis.set_major_formatter(style.percent_tick)
@@ -266,10 +272,10 @@ def per_class(
     rows = np.arange(len(worst))
     figure = Figure(figsize=(7, 0.24 * len(worst) + 1.3), layout="constrained")
     axes = figure.add_subplot()
-    axes.hlines(rows, precisions[worst], recalls[worst], color=style.MUTED, linewidth=2, zorder=2)
-    dot: dict[str, Any] = {"linestyle": "", "clip_on": False, "zorder": 3}
-    axes.plot(precisions[worst], rows, marker="o", color=style.BLUE, markersize=8, label=say("precision"), **dot)
-    axes.plot(recalls[worst], rows, marker="D", color=style.ORANGE, markersize=4.5, label=say("recall"), **dot)
+    axes.hlines(rows, precisions[worst], recalls[worst], color=theme().muted, linewidth=2, zorder=2)
+    plot = partial(axes.plot, linestyle="", clip_on=False, zorder=3)
+    plot(precisions[worst], rows, marker="o", color=BLUE, markersize=8, label=say("precision"))
+    plot(recalls[worst], rows, marker="D", color=ORANGE, markersize=4.5, label=say("recall"))
     axes.set_yticks(rows, [names[number] for number in worst])
     axes.set_ylim(-0.7, len(worst) - 0.3)
     axes.set_xlim(min(0.9, precisions[worst].min() - 0.02, recalls[worst].min() - 0.02), 1)

@@ -10,14 +10,13 @@ from collections.abc import Iterable, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
 
 from diffmoe.visualization import style
+from diffmoe.visualization.colors import expert_color, ink_on
 from diffmoe.visualization.language import say
-from diffmoe.visualization.style import expert_color
 
 
 def block_name(place: str, layer: int) -> str:
@@ -27,13 +26,6 @@ def block_name(place: str, layer: int) -> str:
     if place == "text":
         return say("text block {number}", number=layer + 1)
     return say("fusion block {number}", number=layer + 1)
-
-
-def ink_on(color: str) -> str:
-    """White or ink, whichever is read better on `color`."""
-    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color))
-    # WCAG 2.1's luminance; at 0.21 white's contrast and ink's are equal.
-    return style.INK if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.21 else "white"
 
 
 def panels(titles: list[str], width: float, height: float, columns: int, below: float) -> tuple[Figure, list[Axes]]:

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffmoe.evaluation.experts import BlockRouting, favourites
-from diffmoe.visualization import style
-from diffmoe.visualization.style import expert_color
+from diffmoe.visualization.colors import LUMA, expert_color, theme
 
 SUBPIXELS = 32
 """Pixels a side that a patch is drawn with, at least."""
@@ -24,8 +23,6 @@ LEAST_CORNER = 0.04
 """Part of a patch that the second expert's corner takes at least, or nobody would see its colour."""
 TINT = 0.4
 """How far the light of a picture moves a colour to white or to black: further, it would be taken for another one."""
-BEYOND = 0xE3
-"""Grey, in place of neighbours that a patch at the edge of a picture does not have."""
 
 
 def patch_size(image: Tensor, block: BlockRouting) -> int:
@@ -79,7 +76,7 @@ def _tinted(color: NDArray[Any], light: NDArray[Any]) -> NDArray[Any]:
 
     A light colour is moved more to white than to black, a dark one less: yellow would be olive, and blue another blue.
     """
-    own = color @ np.array(style.LUMA)[:, None]
+    own = color @ np.array(LUMA)[:, None]
     up, down = np.maximum(2 * light - 1, 0) * own, np.maximum(1 - 2 * light, 0) * (1 - own)
     return color * (1 - TINT * down) + (1 - color) * TINT * up
 
@@ -106,12 +103,12 @@ def enlarge(values: NDArray[Any], times: int) -> NDArray[Any]:
 def favourite_sheet(images: Any, block: BlockRouting, patch: int, count: int) -> tuple[NDArray[np.uint8], Tensor]:
     """The patches that each expert has the highest gates for, cut out with those around them, side by side.
 
-    A row for each expert, `count` tiles of 3P x 3P with a gap of `tile_step(patch)` - 3P between them; white where
-    there is nothing. And where they come from, int64 (M, 4): expert, column, picture, token.
+    A row for each expert, `count` tiles of 3P x 3P with a gap of `tile_step(patch)` - 3P between them; the
+    ground is seen where there is nothing. And where they come from, int64 (M, 4): expert, column, picture, token.
     `images` uint8 (N, C, H, W), or what gives such a picture for its row.
     """
     span, step = 3 * patch, tile_step(patch)
-    sheet = np.full(((block.num_experts - 1) * step + span, (count - 1) * step + span, 3), 255, dtype=np.uint8)
+    sheet = _filled((block.num_experts - 1) * step + span, (count - 1) * step + span, theme().ground)
     places: list[list[int]] = []
     for expert in range(block.num_experts):
         for column, (row, token) in enumerate(favourites(block, expert, count).tolist()):
@@ -121,6 +118,11 @@ def favourite_sheet(images: Any, block: BlockRouting, patch: int, count: int) ->
     return sheet, Tensor(places).long().view(-1, 4)
 
 
+def _filled(height: int, width: int, color: str) -> NDArray[np.uint8]:
+    """(height, width, 3), all of one colour."""
+    return np.full((height, width, 3), np.multiply(255, to_rgb(color)).round(), dtype=np.uint8)
+
+
 def tile_step(patch: int) -> int:
     """Pixels from one tile of `favourite_sheet` to the next."""
     return 3 * patch + max(1, patch // 2)
@@ -128,7 +130,8 @@ def tile_step(patch: int) -> int:
 
 def surroundings(image: Tensor, token: int, patch: int) -> NDArray[np.uint8]:
     """A patch of a picture (C, H, W) uint8 with those around it, (3P, 3P, 3); grey beyond the edge."""
-    picture = image.permute(1, 2, 0).expand(-1, -1, 3).numpy()
-    padded = np.pad(picture, ((patch, patch), (patch, patch), (0, 0)), constant_values=BEYOND)
+    rows, columns = image.shape[1:]
+    padded = _filled(rows + 2 * patch, columns + 2 * patch, theme().grid)
+    padded[patch:-patch, patch:-patch] = image.permute(1, 2, 0).expand(-1, -1, 3).numpy()
     row, column = divmod(token, image.shape[2] // patch)
     return padded[row * patch : (row + 3) * patch, column * patch : (column + 3) * patch]

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from diffmoe.visualization import style
+from diffmoe.visualization.colors import BLUE, GREEN, SKY, VERMILLION, theme
 from diffmoe.visualization.language import say
 
 
@@ -16,8 +17,8 @@ from diffmoe.visualization.language import say
 def costs_by_part(costs: Sequence[Mapping[str, Any]]) -> Figure:
     """How to read it: the longest bars cost most; long in time and short in FLOPs is what moves data or waits."""
     looks = (
-        *(("forward", say("forward"), style.BLUE), ("backward", say("backward"), style.SKY)),
-        *(("once", say("once a step"), style.MUTED), ("held", say("held for the backward pass"), style.GREEN)),
+        *(("forward", say("forward"), BLUE), ("backward", say("backward"), SKY)),
+        *(("once", say("once a step"), theme().muted), ("held", say("held for the backward pass"), GREEN)),
     )
     units = (("flops", 1e6, say("MFLOPs")), ("ms", 1, say("milliseconds")), ("bytes", 1e6, say("megabytes")))
     figure, rows = Figure(figsize=(10, 0.27 * len(costs) + 1.2), layout="constrained"), range(len(costs))
@@ -43,7 +44,7 @@ def costs_by_part(costs: Sequence[Mapping[str, Any]]) -> Figure:
 def throughput(speeds: Sequence[Mapping[str, Any]]) -> Figure:
     """How to read it: pictures a second rise with the batch until the machine is full."""
     figure = Figure(figsize=(8, 3.2), layout="constrained")
-    looks = [("moe", say("mixture of experts"), style.BLUE), ("dense", say("dense model"), style.VERMILLION)]
+    looks = [("moe", say("mixture of experts"), BLUE), ("dense", say("dense model"), VERMILLION)]
     panels, modes = figure.subplots(1, 2), {"inference": say("Inference"), "training": say("Training")}
     for axes, (mode, title) in zip(panels, modes.items(), strict=True):
         for model, label, color in looks:

@@ -1,4 +1,4 @@
-"""How every figure looks: colours, type, grid, fonts. One place, so that all figures look alike."""
+"""How every figure looks: type, lines, fonts. One place, so that all figures look alike. Colours are in `colors`."""
 
 from __future__ import annotations
 
@@ -14,32 +14,12 @@ import matplotlib
 from matplotlib import font_manager
 from matplotlib.ft2font import FT2Font, LoadFlags
 
+from diffmoe.visualization.colors import theme_settings
 from diffmoe.visualization.language import Language, chinese, current, say, speaking
 
 logger = logging.getLogger(__name__)
 
-# Okabe and Ito 2008: told apart with every common form of colour blindness, and in grey.
-BLUE = "#0072B2"
-VERMILLION = "#D55E00"
-GREEN = "#009E73"
-ORANGE = "#E69F00"
-SKY = "#56B4E9"
-PURPLE = "#CC79A7"
-PALETTE = (BLUE, VERMILLION, GREEN, ORANGE, SKY, PURPLE)
-EXPERT_COLORS = (
-    *(BLUE, ORANGE, GREEN, PURPLE, VERMILLION, SKY, "#F0E442", "#5D3A9B"),
-    *("#B39DDB", "#8C6D31", "#14213D", "#A3D4A0", "#7F0000", "#C2C2C2", "#004D40", "#FFB6A3"),
-)
-"""An expert's colour by its number: the eight of a tiny model are told apart by everybody."""
-
-INK = "#222222"
-MUTED = "#6B6B6B"
-GRID = "#E3E3E3"
-LUMA = (0.299, 0.587, 0.114)
-"""Of red, green and blue in grey (ITU-R BT.601)."""
-
 RIGHT, WRONG = "✓", "✗"
-RIGHT_COLOR, WRONG_COLOR = BLUE, VERMILLION
 
 FONT_SIZE = 9
 SMALL = 8
@@ -75,21 +55,11 @@ SETTINGS: dict[Any, Any] = {
     "legend.framealpha": 0.85,
     "legend.edgecolor": "none",
     "figure.titlesize": FONT_SIZE + 2,
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": MUTED,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.linewidth": 0.8,
     "axes.axisbelow": True,
     "axes.grid": True,
-    "grid.color": GRID,
     "grid.linewidth": 0.7,
     "lines.linewidth": 1.6,
     "lines.markersize": 4,
@@ -104,18 +74,13 @@ _LOCK = RLock()
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """Draw in this style and in a language that can be drawn; also a decorator.
+    """Draw in this style, in the current theme and in a language that can be drawn; also a decorator.
 
     matplotlib's own settings are put back, and other threads wait.
     """
-    settings = {**SETTINGS, "font.family": font_families()}
+    settings = {**SETTINGS, **theme_settings(), "font.family": font_families()}
     with _LOCK, matplotlib.rc_context(settings), speaking(figure_language()):
         yield
-
-
-def expert_color(expert: int) -> str:
-    """The colour of expert number `expert` in every figure; the 17th has the first one's again."""
-    return EXPERT_COLORS[expert % len(EXPERT_COLORS)]
 
 
 def figure_language() -> Language:

@@ -150,11 +150,11 @@ class TestRuns:
         where = ("--save_dir", own_run.save_dir, "--output_dir", tmp_path)
         plain = cli("test", *where)
         accuracy = read_metrics(own_run.save_dir)["test_accuracy"]
-        assert "--tta" not in plain.out
+        assert "views" not in plain.out
         result = cli("test", *where, "--tta", "flip")
         metrics = read_metrics(own_run.save_dir)
         assert metrics["test_accuracy"] == accuracy != metrics["test_accuracy_tta"]
-        assert f"mean over the views of --tta {metrics['test_accuracy_tta']:.2%}" in " ".join(result.out.split())
+        assert f"mean over the views {metrics['test_accuracy_tta']:.2%}" in " ".join(result.out.split())
         assert cli("test", *where).out == plain.out
         assert "test_accuracy_tta" not in read_metrics(own_run.save_dir)
 

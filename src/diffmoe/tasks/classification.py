@@ -98,7 +98,7 @@ class Classification(Task):
     def report_lines(self, metrics: Mapping[str, Any], data: Dataset) -> list[str]:
         shown = {
             "test_accuracy": "accuracy",
-            "test_accuracy_tta": "accuracy, mean over the views of --tta",
+            "test_accuracy_tta": "accuracy, mean over the views",
             "test_top5_accuracy": "top-5 accuracy",
             "zero_shot_accuracy": "zero-shot accuracy, by descriptions",
             "test_ece": "calibration error",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -99,3 +101,29 @@ def test_check_writable_tries_and_does_not_trust_permissions(snapshot, tmp_path)
     before = snapshot(tmp_path)
     check_writable(tmp_path / "there")
     assert snapshot(tmp_path) == before
+
+
+def test_what_a_killed_process_left_goes_with_the_next_write(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    path = tmp_path / "last[1].ckpt"
+    abandoned = [tmp_path / f".last[1].ckpt.{pid}" for pid in (dead.pid, 2**31 - 1)]
+    kept = [
+        tmp_path / name for name in (f".last[1].ckpt.{os.getppid()}", ".last[1].ckpt.bak", ".last[1].ckpt.99999999999")
+    ]
+    kept += [tmp_path / f".other.ckpt.{dead.pid}", tmp_path / f"last[1].ckpt.{dead.pid}"]
+    for left in (*abandoned, *kept):
+        left.write_text("half")
+    write_atomically(path, lambda unfinished: unfinished.write_text("new"))
+    assert set(tmp_path.iterdir()) == {path, *kept}
+
+
+def test_a_name_that_is_too_long_and_a_link_to_nowhere_are_found_before_work_begins(tmp_path):
+    check_writable(tmp_path, "x" * 200)
+    with pytest.raises(UserError, match="cannot be written: File name too long"):
+        check_writable(tmp_path / "new", "x" * 255)  # unfinished, it is longer yet
+    (tmp_path / "link").symlink_to("nowhere")
+    for folder in ("link", "link/deeper"):
+        with pytest.raises(UserError, match=r"/link is a link to nowhere, which is not there"):
+            check_writable(tmp_path / folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]

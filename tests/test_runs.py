@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import shutil
 import signal
@@ -53,6 +54,7 @@ def process_state() -> list[Any]:
     return [
         *handlers,
         torch.get_rng_state().tolist(),
+        random.getstate(),
         matmul.fp32_precision,
         torch.get_num_threads(),
         torch.is_grad_enabled(),

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import shutil
 import signal
 import sys
 import textwrap
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
@@ -87,14 +89,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a character gets another one
         sys.stdout.reconfigure(errors="replace")
-    logging.basicConfig(format="diffmoe: %(message)s", level=logging.WARNING)
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"  # of several processes, which all would say the same
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # a picture that will not do is one line
+    logging.basicConfig(format="diffmoe: %(message)s", level=logging.WARNING if is_first else logging.ERROR)
     try:
         return dispatch(argv)
     except UserError as error:
-        print(f"diffmoe: error: {error}", file=sys.stderr)
+        if not error.told:
+            print(f"diffmoe: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("diffmoe: stopped", file=sys.stderr)
+        if is_first:
+            print("diffmoe: stopped", file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:  # who reads stdout has seen enough
         return 0

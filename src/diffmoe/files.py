@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,11 +17,13 @@ from diffmoe.config import EMBEDDED_DATASETS, DataConfig, UserError, dataset_nam
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Make the folder, call `write` with a temporary path beside `path`, and move the result into place.
 
+    What a process that was killed in here left beside `path` goes.
     Raises `UserError` where the file cannot be written; `path` is then as it was.
     """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished = _unfinished(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(path)
         try:
             write(unfinished)
             unfinished.replace(path)
@@ -35,20 +39,49 @@ def as_json(value: object, indent: int) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def check_writable(folder: Path) -> None:
-    """Raises `UserError` where files cannot be made in `folder`, which need not exist yet; leaves nothing behind.
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}")
 
-    By making one: permissions alone do not tell.
+
+def _remove_abandoned(path: Path) -> None:
+    """The unfinished files of `path` whose process is no more."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        pid = left.name.removeprefix(f".{path.name}.")
+        if re.fullmatch(r"[1-9]\d{0,9}", pid) and left.is_file() and not _is_alive(int(pid)):
+            left.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # another user's; a number that no process has: no file of ours
+        return True
+    return True
+
+
+def check_writable(folder: Path, *names: str) -> None:
+    """Raises `UserError` where `folder`, which need not exist yet, or files so called in it cannot be written.
+
+    By making them: permissions alone do not tell. Leaves nothing behind.
     """
     place = folder.absolute()
-    missing = [part for part in (place, *place.parents) if not os.path.exists(part)]
+    missing = [part for part in (place, *place.parents) if not os.path.lexists(part)]
     standing = missing[-1].parent if missing else place
+    if not standing.exists():
+        there = os.readlink(standing)
+        raise UserError(f"{folder} cannot be written: {standing} is a link to {there}, which is not there")
     if not standing.is_dir():
         raise UserError(f"{folder} cannot be written: {standing} is a file")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+        for name in names:  # one may be too long
+            unfinished = _unfinished(folder / name)
+            unfinished.touch()
+            unfinished.unlink()
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
     finally:

@@ -10,15 +10,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import random
 import shlex
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
 from matplotlib.figure import Figure
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from diffmoe.config import ModelConfig, UserError, dataset_name
 from diffmoe.config.settings import Settings, as_yaml, parse_settings
@@ -38,7 +40,7 @@ from diffmoe.training.display import as_figure
 from diffmoe.training.epoch_log import EpochLog
 from diffmoe.training.loop import Hooks, Progress, StopRequested, fit
 from diffmoe.training.objective import Trainee
-from diffmoe.training.parallel import make_fabric, share_buffers
+from diffmoe.training.parallel import make_fabric, one_ends_all, share_buffers, together
 from diffmoe.training.saving import DATA, Saver, load_run
 from diffmoe.training.sizes import picture_size
 
@@ -56,6 +58,7 @@ def train(*, quiet: bool = False, **flags: Any) -> dict[str, Any]:
     """Train a model; the flags are those of `diffmoe train`, as in `train(dataset="digits", epochs=3)`.
 
     Whatever it changes for the process (signals, torch's settings and generators) is put back.
+    With `num_devices` over 1 each process runs the whole script that calls this, and gets the same metrics.
 
     Args:
         quiet: print nothing.
@@ -69,7 +72,7 @@ def train(*, quiet: bool = False, **flags: Any) -> dict[str, Any]:
         KeyboardInterrupt: when it was stopped; the run is saved, and `resume=True` goes on.
     """
     try:
-        return train_run(_settings("train", flags), _silent if quiet else print) or {}
+        return train_run(_settings("train", flags), _silent if quiet else print)
     except StopRequested as stop:
         raise KeyboardInterrupt(str(stop)) from stop
 
@@ -79,24 +82,26 @@ def test(*, quiet: bool = False, **flags: Any) -> dict[str, Any]:
     return test_run(_settings("test", flags), _silent if quiet else print)
 
 
-def train_run(settings: Settings, tell: Tell = print) -> dict[str, Any] | None:
+def train_run(settings: Settings, tell: Tell = print) -> dict[str, Any]:
     """Train: writes the best model, what a resume needs, the history and the metrics.
 
-    Returns what `metrics.json` holds; None in all processes but the first. Raises `UserError`, `StopRequested`.
+    Returns what `metrics.json` holds, in all processes of the run. Raises `UserError`, `StopRequested`.
     """
     seed, files = settings.training.seed, RunFiles(settings.data.dataset, settings.run.save_dir)
     task = check_run(settings, trains=True)
-    with _clean() as threads:
+    with _clean() as threads, ExitStack() as stack:
         fabric = make_fabric(settings.run)
+        stack.enter_context(one_ends_all(fabric))
         picture = PictureSpec(settings.model.img_size, settings.model.in_channels)
         told: Tell = tell if fabric.is_global_zero else _silent
-        with fabric.rank_zero_first():  # the others find the cache that it made
-            data = load_dataset(settings.data, picture, progress=fabric.is_global_zero)
+        shown = fabric.is_global_zero
+        # The first one alone: the others find the cache that it made.
+        data = together(fabric, lambda: load_dataset(settings.data, picture, progress=shown), first_alone=True)
         batches = task.training_batches(settings, data, fabric.device, fabric.global_rank, fabric.world_size)
-        _check_last_batch(settings, len(data.train), fabric.world_size)
         sample = next(iter(batches.epoch()))  # before the seed is set: workers draw from torch's generator
         torch.manual_seed(seed)
         model = task.build(settings, data)
+        _check_last_batch(settings, model, len(data.train), fabric.world_size)
         _start_from(settings, model, data, told)
         trainee = Trainee(fabric, model, settings.training)
         # Weights are equal on all ranks; dropout and the descriptions drawn from here on are not.
@@ -129,7 +134,7 @@ def train_run(settings: Settings, tell: Tell = print) -> dict[str, Any] | None:
         with epochs.going_on(progress):
             fit(trainee, batches, hooks, progress)
         told(f"best model: {files.model}   metrics: {files.metrics}")
-        return files.read_metrics() if fabric.is_global_zero else None
+        return fabric.broadcast(files.read_metrics() if fabric.is_global_zero else {})
 
 
 def test_run(settings: Settings, tell: Tell = print) -> dict[str, Any]:
@@ -145,7 +150,8 @@ def test_run(settings: Settings, tell: Tell = print) -> dict[str, Any]:
     task = check_run(settings, trains=False)
     files.replace_earlier()
     check_writable(files.folder)
-    files.read_metrics()
+    files.read_metrics()  # damaged, these would fail after the work
+    files.read_history()
     with _clean() as threads:
         loaded = load_model_file(path)
         model, info = loaded.model, loaded.data
@@ -200,16 +206,16 @@ def check_run(settings: Settings, trains: bool) -> Task:
     return task
 
 
-def _check_last_batch(settings: Settings, pictures: int, world_size: int) -> None:
+def _check_last_batch(settings: Settings, model: Head, pictures: int, world_size: int) -> None:
     """BatchNorm learns from no single value. Raises `UserError` where a training batch would bring it one a channel."""
     share = settings.training.batch_size // world_size
     last = -(-pictures // world_size) % share or share
-    kind, model = settings.model.patch_embed, settings.model
-    smallest = picture_size(0, 1, settings.training, model) or model.img_size
-    if last == 1 and smallest == model.patch_size and kind != "linear":
+    smallest = picture_size(0, 1, settings.training, model.config) or model.config.img_size
+    one_patch = smallest == model.config.patch_size
+    if last == 1 and one_patch and any(isinstance(m, BatchNorm) for m in model.modules()):
         raise UserError(
             f"batch_size is {settings.training.batch_size}: a batch of the {pictures} training pictures would be a "
-            f"single one, of a single patch, which patch_embed {kind!r} cannot learn from; give another"
+            "single one, of a single patch, which BatchNorm (as of patch_embed 'conv') cannot learn from; give another"
         )
 
 
@@ -229,10 +235,12 @@ def pictures_folder(settings: Settings) -> Path:
 @contextmanager
 def _clean() -> Iterator[Threads]:
     """What a run changes for the whole process is put back after it."""
+    state = random.getstate()  # which libraries move, as they are imported
     with torch.random.fork_rng(), tuned() as threads:
         try:
             yield threads
         finally:
+            random.setstate(state)
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
 

@@ -72,7 +72,7 @@ IMPOSSIBLE: list[tuple[str, Any, str]] = [
     ("dropout", math.nan, "from 0"),
     ("expansion_factor", 0, "over 0"),
     ("expansion_factor", 0.0005, "over 0|at least|hidden"),  # 512 * 0.0005 = 0.256: no hidden unit
-    ("expansion_factor", math.inf, "finite|over 0"),
+    ("expansion_factor", math.nan, "over 0"),
     ("layer_norm_eps", 0.0, "over 0"),
     ("num_modality_specific_experts", 3, "0, 1 or 2"),
     ("embed_dim", 510, r"a multiple of num_heads \(8\)"),

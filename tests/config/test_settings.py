@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
@@ -194,6 +195,20 @@ WRONG = {
     "-lr 3": "unrecognized arguments: -lr 3",
     "--config none.yaml": "none.yaml: No such file",
     "--config": "--config: expected one argument",
+    "--lr=": "lr is '': it must be a number",
+    "--epochs=": "epochs is '': it must be a whole number",
+    "--flip=": "flip is '': it must be true or false",
+    "--device=": "device is '': it must be one of",
+    "--preset=": "preset is '': it must be one of",
+    "--lr !!float": "the value of a flag is not valid YAML",
+    **{
+        f"--{name}=": f"{name} is '': it must be a name or a path"
+        for name in ("dataset", "data_dir", "save_dir", "init")
+    },
+    **{f"--{name}=": f"{name} is '': it must be a name or a path" for name in ("checkpoint", "output_dir")},
+    "--config /dev/zero": "/dev/zero has over 1,000,000 characters",
+    f"--config {'x' * 300}": "is no path: 300 bytes are too long",
+    f"--dataset {'x' * 300}": "is no path: 300 bytes are too long",
 }
 
 
@@ -204,6 +219,9 @@ def test_wrong_flag_is_one_line(line):
     assert WRONG[line] in str(caught.value)
     assert "\n" not in str(caught.value)
 
+
+LAUGHS = "lr: [&a0 [ha]" + "".join(f", &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)) + "]"
+"""A billion and more of them, in one line."""
 
 WRONG_YAML = {
     "learning_rate: 0.1": "unknown key 'learning_rate'",
@@ -220,6 +238,17 @@ WRONG_YAML = {
     "lr:": "lr is ",
     "epochs: 2024-01-01": "epochs is ",  # a date, to YAML
     "epochs: .nan": "epochs is ",
+    "lr: &me [*me]": ": it must be a single value",
+    "data_dir: &me {a: *me}": ": it must be a single value",
+    f"lr: {'[' * 5000}": "is nested too deep",
+    f"{'[' * 5000}": "is nested too deep",
+    LAUGHS: "lr is [",
+    "lr: !!int x": "is not valid YAML",
+    "lr: !!bool x": "is not valid YAML",
+    "lr: 2024-99-99": "is not valid YAML",
+    f"lr: {'9' * 5000}": "is not valid YAML",
+    'save_dir: "\\0"': "is no path: it has a NUL",
+    'save_dir: "\\ud800"': "is no path: it has half of a character",
     "lr: [": "is not valid YAML",
     "- lr": "must be a mapping",
 }
@@ -317,3 +346,21 @@ class TestHome:
         monkeypatch.setattr("os.path.expanduser", lambda path: path)
         with pytest.raises(UserError, match=r"^~/runs begins with ~, and this user has no home: "):
             parse("--save_dir", "~/runs")
+
+
+NUMBERS = [name for name, field in FIELDS.items() if field.type in ("int", "float")]
+WILD = ["1e308", "-1e308", "1e400", "-1", "-0.5", ".nan", ".inf", "-.inf", str(2**63), str(2**64), str(-(2**63))]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_no_number_is_wild(name):
+    """What is let through is what a run can have; all else is one line that names the field."""
+    largest = {"seed": 2**63 - 1, "split_seed": 2**63 - 1, "lr": 1e30}.get(name, 10_000_000)
+    refused = {}
+    for word in WILD:
+        try:
+            assert 0 <= value(parse(f"--{name}={word}"), name) <= largest
+        except UserError as error:
+            refused[word] = str(error)
+    assert {"1e308", "1e400", ".nan", ".inf"} <= refused.keys()
+    assert all(re.fullmatch(rf"{name} is \S+: it must be .+", message) for message in refused.values())

@@ -3,13 +3,17 @@
 import logging
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.data.samples import load, pixels
+from tests.data.samples import load, pixels, png
 
+from diffmoe.config import DataConfig, UserError
 from diffmoe.data import cache
 from diffmoe.data.pictures import PictureSpec
+from diffmoe.data.sources import find_source
 
 
 def test_second_load_is_bit_equal_and_decodes_nothing(picture_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,10 +108,18 @@ def test_no_flipped_bit_changes_what_is_read(tmp_path: Path, caplog: pytest.LogC
     assert all(str(path) in record.getMessage() for record in caplog.records)
 
 
-def test_a_cache_of_an_earlier_version_has_no_checksum_and_is_read(tmp_path: Path) -> None:
-    tensors, texts = {"train.images": torch.zeros(2, 1, 8, 8, dtype=torch.uint8)}, {"captions": "{}"}
-    save_file(tensors, tmp_path / "old", texts)
-    found = cache.read_cache(tmp_path / "old")
-    assert found is not None
-    assert torch.equal(found[0]["train.images"], tensors["train.images"])
-    assert found[1] == texts
+def test_a_cache_of_an_earlier_version_is_not_read(tmp_path: Path) -> None:
+    """It may be of a single class, or have labels by the names of another file; and it has no checksum."""
+    (tmp_path / "s").mkdir()
+    pq.write_table(
+        pa.table({"image": [png(n) for n in range(10)], "label": ["one"] * 10}), tmp_path / "s/train.parquet"
+    )
+    source = find_source(DataConfig(dataset=str(tmp_path / "s")))
+    images, labels = torch.zeros(10, 3, 8, 8, dtype=torch.uint8), torch.zeros(10, dtype=torch.int64)
+    old = cache.cache_path(source.fingerprint(), PictureSpec(8, 3))
+    old.parent.mkdir(parents=True)
+    texts = {"class_names": '["one"]', "captions": "{}"}
+    save_file({"train.images": images, "train.labels": labels}, old, texts)  # by a version that wrote no checksum
+    save_file({"train.images": images, "train.labels": labels}, str(old).replace("-v3.", "-v2."), texts)
+    with pytest.raises(UserError, match="has only the class 'one'"):
+        load(tmp_path / "s")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.data.samples import load, pairs, png
+from tests.data.samples import load, pairs, pictures, png
 
 from diffmoe.config import DataConfig, UserError
 from diffmoe.data.captions import CaptionBatches
@@ -202,7 +202,7 @@ def test_files_that_will_not_do(folder: Path) -> None:
         load_captions(folder)
     (folder / "captions.csv").rename(folder / "one.csv")
     (folder / "two.jsonl").write_text("not json\n")
-    with pytest.raises(UserError, match=r"holds 2 tables: name the one with the captions captions.csv or .jsonl"):
+    with pytest.raises(UserError, match=r"holds 2 tables: name the one with the captions captions.csv, .tsv or .jsonl"):
         load_captions(folder)
     (folder / "one.csv").unlink()
     with pytest.raises(UserError, match=r"two.jsonl line 1 is not valid JSON"):
@@ -222,3 +222,43 @@ def test_files_that_will_not_do(folder: Path) -> None:
     (folder / "captions.csv").write_text("")
     with pytest.raises(UserError, match=r"holds 2 tables"):
         load_captions(folder)
+
+
+@pytest.mark.parametrize("name", ["captions.tsv", "mine.TSV"])
+def test_a_tsv_table_is_read(tmp_path: Path, name: str) -> None:
+    names = pictures(tmp_path / "s")
+    (tmp_path / "s" / name).write_text("image\tcaption\n" + "".join(f"{n}\ta, b {n}\n" for n in names))
+    data = load(tmp_path / "s")
+    assert len(data.train) + len(data.validation) + len(data.test) == 10
+    assert all(text.startswith("a, b ") for text in data.train.texts)
+
+
+HOSTILE = {
+    "[" * 100_000: "is nested too deep: it must be an object of texts",
+    '{"image": "0.png", "caption": ' + '{"a":' * 100_000 + "}": "is nested too deep",
+    '{"image": "0.png", "caption": "\\ud83d"}': r"has half of a character in its caption \(number 0\)",
+    '{"image": "\\ud83d", "caption": "a"}': "there is no picture",
+    '{"image": "a\\u0000.png", "caption": "a"}': "there is no picture",
+    '{"image": "' + "x" * 5000 + '", "caption": "a"}': "there is no picture",
+    '{"' + "x" * 5000 + '": "a"}': "it must have image and caption",
+    '{"image": ' + "9" * 5000 + "}": "is not valid JSON",
+    '{"image": "0.png", "caption": ' + "[" * 900 + "]" * 900 + "}": "it must be text",
+}
+
+
+@pytest.mark.parametrize("line", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_json_is_one_short_line(tmp_path: Path, line: str) -> None:
+    pictures(tmp_path / "s")
+    (tmp_path / "s/captions.jsonl").write_text('{"image": "1.png", "caption": "a"}\n' + line + "\n")
+    with pytest.raises(UserError, match=HOSTILE[line]) as caught:
+        load(tmp_path / "s")
+    assert "captions.jsonl line 2" in str(caught.value)
+    assert len(str(caught.value)) < 700
+
+
+def test_a_table_of_very_many_columns_is_read_at_once(tmp_path: Path) -> None:
+    """Looking each name up among all would take minutes."""
+    pictures(tmp_path / "s")
+    names = ",".join(f"caption_{n}" for n in range(50_000))
+    (tmp_path / "s/captions.csv").write_text(f"image,{names}\n" + "".join(f"{n}.png,w\n" for n in range(10)))
+    assert len(load(tmp_path / "s").train) > 0

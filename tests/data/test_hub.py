@@ -15,6 +15,7 @@ from PIL import Image
 
 from diffmoe.config import DataConfig, UserError
 from diffmoe.data import hub, sources
+from diffmoe.data.hub import HubSource
 from diffmoe.data.loading import load_dataset
 from diffmoe.data.pictures import PictureSpec
 from diffmoe.data.sources import check_dataset
@@ -151,3 +152,20 @@ def test_what_the_library_has_cached_needs_no_network(tmp_path: Path, caches: Pa
     assert sum(map(len, splits)) == 12
     images = torch.cat([split.images[:] for split in splits]).permute(0, 2, 3, 1).numpy()
     assert sorted(image.tobytes() for image in images) == sorted(picture.tobytes() for picture in pictures)
+
+
+def test_a_column_of_paths_and_splits_that_are_not_read_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = Image.new("L", (8, 8), 7)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+    whole = datasets.Dataset.from_dict({"image": [picture] * 10, "label": ["a", "b"] * 5}, features=features)
+    found = {"train": whole, "unsupervised": whole}
+    monkeypatch.setattr(hub, "load_hub", lambda name: found)
+    source = HubSource("owner/pets")
+    assert source.has_captions is False
+    assert list(source.left_out()) == ["owner/pets on the hub has splits that are not read: unsupervised"]
+    found["train"] = datasets.Dataset.from_dict({"image": ["images/0.png"] * 10, "label": ["a", "b"] * 5})
+    with pytest.raises(
+        UserError, match="owner/pets train has image of type string: it must hold the pictures"
+    ) as caught:
+        _ = HubSource("owner/pets").tables
+    assert "--data_dir" in str(caught.value)

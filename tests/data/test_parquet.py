@@ -234,7 +234,10 @@ def test_columns_of_texts_or_of_lists(tmp_path: Path, columns: dict[str, Any], i
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"caption": [1, 2]}, r"train-0.parquet row 0 has the caption 1 \(number 0\): it must be text"),
+        *(
+            ({"caption": cells}, "train-0.parquet has caption of type .*: captions must be texts, or lists of texts")
+            for cells in ([1, 2], [b"a", b"b"], [{"text": "a"}, {"text": "b"}], [[["a"]], [["b"]]], [[1], [2]])
+        ),
         ({"caption_0": ["a", None]}, r"train-0.parquet row 1 has an empty caption \(number 0\)"),
         ({"captions": [["a"], []]}, r"train-0.parquet row 1 has no caption: a picture must have at least one"),
     ],
@@ -273,3 +276,51 @@ def test_a_blank_second_caption_is_passed_over(tmp_path: Path, blank: str | None
     found = [pairs(split) for split in (data.train, data.validation, data.test)]
     told = {n: t for split in found for n, t in split.items()}
     assert told == {0: ("a 0",)} | {n: (f"a {n}", f"b {n}") for n in range(1, 8)}
+
+
+def test_files_of_other_splits_are_said_not_to_be_read(parquet_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert len(load(parquet_folder, progress=True).test) == 6
+    assert caplog.records == []
+    for name in ("extra-0.parquet", "testing-0.parquet"):
+        (parquet_folder / name).write_bytes(b"")
+    assert len(load(parquet_folder, progress=True).test) == 6
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"{parquet_folder} has Parquet files that are not read (2), such as extra-0")
+
+
+@pytest.mark.parametrize("told", ["image", "label", "caption"])
+def test_a_column_that_comes_twice_is_one_line(tmp_path: Path, told: str) -> None:
+    (tmp_path / "s").mkdir()
+    names = {"image": ["image", "label", "image"], "label": ["image", "label", "label"]}
+    columns = [pa.array([png(n) for n in range(4)]), pa.array(["a", "b"] * 2), pa.array(["a", "b"] * 2)]
+    table = pa.Table.from_arrays(columns, names=names.get(told, ["image", "caption", "caption"]))
+    pq.write_table(table, tmp_path / "s/train.parquet")
+    with pytest.raises(UserError, match=f"has the column {told} more than once"):
+        load(tmp_path / "s")
+
+
+@pytest.mark.parametrize("metadata", ["[]", "null", "[" * 100_000, '{"info": {"features": {"label": 5}}}', "{"])
+def test_metadata_that_is_not_as_the_library_writes_it_is_one_line_or_none(tmp_path: Path, metadata: str) -> None:
+    (tmp_path / "s").mkdir()
+    table = pa.table({"image": [png(n) for n in range(10)], "label": [0, 1] * 5})
+    pq.write_table(table.replace_schema_metadata({"huggingface": metadata}), tmp_path / "s/train.parquet")
+    with pytest.raises(UserError, match=r"train\.parquet has metadata of `datasets` that will not do|cannot be read"):
+        load(tmp_path / "s")
+
+
+@pytest.mark.parametrize("max_memory_gb", [4.0, 0.0])
+@pytest.mark.parametrize("picture", [2**40, 0.5, [1, 2], {"bytes": 5, "path": 7}, {"x": 1}])
+def test_a_cell_that_is_no_picture_is_named(tmp_path: Path, picture: Any, max_memory_gb: float) -> None:
+    (tmp_path / "s").mkdir()
+    pq.write_table(pa.table({"image": [picture] * 20, "label": ["a", "b"] * 10}), tmp_path / "s/train.parquet")
+    with pytest.raises(UserError, match=r"train\.parquet row \d+ has no picture: it must hold the bytes of one"):
+        load(tmp_path / "s", max_memory_gb=max_memory_gb)
+
+
+def test_texts_that_are_no_utf8_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    offsets, letters = pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0"), pa.py_buffer(b"\xffa")
+    labels = pa.Array.from_buffers(pa.string(), 2, [None, offsets, letters])
+    pq.write_table(pa.table({"image": [png(0), png(1)], "label": labels}), tmp_path / "s/train.parquet")
+    with pytest.raises(UserError, match=r"train\.parquet cannot be read .*Invalid UTF8"):
+        load(tmp_path / "s")

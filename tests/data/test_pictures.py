@@ -1,6 +1,8 @@
 """Any picture becomes the right uint8 tensor, and one that is not whole is named."""
 
+import contextlib
 import io
+import os
 import pickle
 from pathlib import Path
 
@@ -243,3 +245,24 @@ def test_a_bad_picture_in_a_worker_is_still_one_line(tmp_path: Path, num_workers
     with pytest.raises(UserError, match=r"2\.png") as caught:
         list(lazy.stream(torch.arange(4).split(1), num_workers))
     assert "\n" not in str(caught.value)
+
+
+def test_only_a_regular_file_is_read(tmp_path: Path) -> None:
+    """A device or a pipe has no end."""
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in ("/dev/zero", tmp_path / "pipe.png"):
+        with pytest.raises(UserError, match=f"{path}: Not a regular file: it must be a picture that can be read"):
+            PictureSpec(8, 1).read(path)
+
+
+def test_decoders_print_nothing_beside_the_refusal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for compression in ("tiff_deflate", "tiff_lzw", "jpeg", "packbits"):
+        file = io.BytesIO()
+        noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(file, "TIFF", compression=compression)
+        whole = file.getvalue()
+        middle = len(whole) // 2
+        (tmp_path / "a.tif").write_bytes(whole[: middle - 200] + bytes(400) + whole[middle + 200 :])
+        with contextlib.suppress(UserError):
+            PictureSpec(8, 3).read(tmp_path / "a.tif")
+    assert capfd.readouterr() == ("", "")

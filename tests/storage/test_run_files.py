@@ -141,3 +141,35 @@ def replace_by_new(files: RunFiles) -> None:
     with files.replacing() as staged:
         for path in (staged.model, staged.last):
             write_atomically(path, lambda unfinished: unfinished.write_text("new"))
+
+
+@pytest.mark.parametrize("name", ["digits_model.pth", "digits/last.ckpt", "digits/metrics.json", "digits/history.csv"])
+@pytest.mark.parametrize("flags", [{}, {"overwrite": True}, {"resume": True}])
+def test_a_folder_where_a_file_is_written_is_said_to_be_one(tmp_path, name, flags):
+    (tmp_path / name).mkdir(parents=True)
+    with pytest.raises(UserError, match=rf"{name} is a folder: training writes a file there"):
+        RunFiles("digits", str(tmp_path)).check(RunConfig(**flags))
+
+
+def test_a_name_that_leaves_no_room_for_the_files_is_one_line(tmp_path):
+    RunFiles("x" * 200, str(tmp_path)).check(RunConfig())
+    with pytest.raises(UserError, match="cannot be written: File name too long"):
+        RunFiles("x" * 250, str(tmp_path)).check(RunConfig())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["a,b\n1,x\n", "a\n1,2\n", "a,b\n1\n", "a\n\udcff\n"])
+def test_a_damaged_history_is_one_line(tmp_path, text):
+    files = RunFiles("digits", str(tmp_path))
+    files.folder.mkdir()
+    files.history.write_text(text, "utf-8", "surrogateescape")
+    with pytest.raises(UserError, match=r"history\.csv is not a table of numbers: mend or remove it"):
+        files.read_history()
+
+
+def test_metrics_that_are_nested_without_end_are_one_line(tmp_path):
+    files = RunFiles("digits", str(tmp_path))
+    files.folder.mkdir()
+    files.metrics.write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"metrics\.json is not valid JSON"):
+        files.read_metrics()

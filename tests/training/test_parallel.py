@@ -152,3 +152,59 @@ class TestTwoRanks:
         assert "digits: 269 training" in ranks.out
         assert ranks.out.count("epoch 2/2") == 1
         assert cli("predict", "--checkpoint", ranks.folder / "digits_model.pth", *drawn).code == 0
+
+
+LOSES_ONE = """
+import os, signal, sys
+from diffmoe.cli import main
+from diffmoe.training.objective import Trainee
+
+step = Trainee.step
+
+def die(trainee, *args):
+    if str(trainee.fabric.global_rank) == os.environ["LOST"]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(trainee, *args)
+
+if "LOST" in os.environ:
+    Trainee.step = die
+sys.exit(main())
+"""
+
+
+class TestOneLine:
+    """Two processes, and what goes wrong is told once."""
+
+    @pytest.fixture
+    def run_two(self, tmp_path: Path, tiny_flags: list[str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+        (tmp_path / "two.py").write_text(LOSES_ONE)
+
+        def call(*flags: object, **environment: str) -> subprocess.CompletedProcess[str]:
+            words = [*tiny_flags, "--epochs", 1, "--num_devices", 2, "--save_dir", tmp_path / "runs", *flags]
+            script = [sys.executable, str(tmp_path / "two.py"), "train", *map(str, words)]
+            told = {**os.environ, **environment, "OMP_NUM_THREADS": "1"}
+            return subprocess.run(script, env=told, capture_output=True, text=True, timeout=120, check=False)
+
+        return call
+
+    def test_of_a_mistake_that_only_the_data_shows(self, run_two: Callable[..., Any], tmp_path: Path) -> None:
+        for name in ("cat", "dog"):
+            (tmp_path / "pets/train" / name).mkdir(parents=True)
+            for number in range(4):
+                (tmp_path / f"pets/train/{name}/{number}.png").write_bytes(b"no picture")
+        done = run_two("--dataset", tmp_path / "pets", "--img_size", 8)
+        assert done.returncode == 2
+        assert done.stderr.count("diffmoe: error: ") == done.stderr.count("\n") == 1
+        assert "is not a picture" in done.stderr
+
+    @pytest.mark.parametrize("lost", ["0", "1"])
+    def test_of_a_process_that_was_killed(self, run_two: Callable[..., Any], lost: str) -> None:
+        done = run_two(LOST=lost)
+        assert done.returncode != 0
+        assert done.stderr.count("\n") == 1
+        assert "diffmoe: error: another of the 2 processes of this run has ended" in done.stderr
+
+
+def test_more_processes_than_a_processor_makes_sense_for_are_one_line() -> None:
+    with pytest.raises(UserError, match=r"^num_devices is 1000: this machine has \d+$"):
+        make_fabric(RunConfig(device="cpu", num_devices=1000))

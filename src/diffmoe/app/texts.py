@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from diffmoe.app.answers import FOUND
 from diffmoe.visualization.language import say
 
 
-def texts() -> dict[str, dict[str, str]]:
+def texts() -> dict[str, dict[str, Any]]:
     """What is written on each part of the page, in the current language."""
     no_gallery = say("There is no gallery: start the page with --gallery DIR, a folder of pictures.")
     return {

@@ -19,11 +19,20 @@ from diffmoe.config.settings import parse_field
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
+def _path(text: str) -> str:
+    """`expanded`, whose reason argparse would not tell."""
+    try:
+        return expanded(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 class Parser(argparse.ArgumentParser):
     """One whose errors are one line; what is no flag of its own has the nearest named."""
 
     def __init__(self, command: str, description: str) -> None:
         super().__init__(prog=f"diffmoe {command}", description=description, allow_abbrev=False)
+        self.register("type", expanded, _path)
         self.configs: list[type] = []
 
     def error(self, message: str) -> NoReturn:

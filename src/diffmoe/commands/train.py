@@ -20,6 +20,7 @@ def run(settings: Settings) -> int:
     from diffmoe.runs import test_run, train_run
     from diffmoe.storage.run_files import RunFiles
     from diffmoe.training.loop import StopRequested
+    from diffmoe.training.parallel import is_first_process
 
     metrics: dict[str, Any] | None = None
     if settings.mode != "test":
@@ -27,9 +28,10 @@ def run(settings: Settings) -> int:
             metrics = train_run(settings, _tell_aside if settings.as_json else _tell)
         except StopRequested as stop:
             last = RunFiles(settings.data.dataset, settings.run.save_dir).last
-            print(f"stopped by {stop}, saved in {last}: the same command with --resume goes on", file=sys.stderr)
+            if is_first_process():
+                print(f"stopped by {stop}, saved in {last}: the same command with --resume goes on", file=sys.stderr)
             return 128 + stop.signal_number
-        if metrics is None:  # not the first of several processes
+        if not is_first_process():
             return 0
     if settings.mode != "train":
         metrics = test_run(settings, _keep_quiet if settings.as_json else _tell)

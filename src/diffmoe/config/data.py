@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffmoe.config.errors import MAX_SEED, check, check_at_least, check_at_most, check_fraction, expand, expanded
+from diffmoe.config.errors import MAX_SEED, check, check_at_least, check_fraction, check_limits, expand, expanded
 
 EMBEDDED_DATASETS = ("digits", "shapes")
 """Sets that need no download: scikit-learn's digits, and captioned shapes that the program draws."""
@@ -58,13 +58,13 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         expand(self, "dataset", "data_dir")
+        check_limits(self, split_seed=MAX_SEED)
         check_fraction(self, "val_fraction", "test_fraction", "erase")
         check(self.val_fraction > 0, "val_fraction", self.val_fraction, "over 0")
         check(self.test_fraction > 0, "test_fraction", self.test_fraction, "over 0")
-        for name in ("mixup", "cutmix"):
-            check(0 <= getattr(self, name) < float("inf"), name, getattr(self, name), "at least 0 and finite")
-        check_at_least(self, 0, "crop_padding", "cutout", "max_memory_gb", "num_workers", "split_seed")
-        check_at_most(self, MAX_SEED, "split_seed")
+        check_at_least(
+            self, 0, "crop_padding", "cutout", "mixup", "cutmix", "max_memory_gb", "num_workers", "split_seed"
+        )
 
     @property
     def mixes(self) -> bool:

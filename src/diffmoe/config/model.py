@@ -6,12 +6,18 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from diffmoe.config.errors import check, check_at_least, check_fraction
+from diffmoe.config.errors import check, check_at_least, check_fraction, check_limits
 
 START_ID, END_ID = 49406, 49407
 """The CLIP tokenizer's special tokens, the last ids of its table."""
 VOCAB_SIZE = 49408
 """Tokens that it has."""
+LARGEST_MODEL = {
+    **{"img_size": 4096, "in_channels": 1024, "expansion_factor": 1024, "layer_norm_eps": 1, "vocab_size": 10_000_000},
+    **dict.fromkeys(("embed_dim", "text_embed_dim", "num_general_experts", "max_text_len"), 65_536),
+    **dict.fromkeys(("img_encoder_layers", "text_encoder_layers", "fusion_layers"), 1000),
+}
+"""Over it no model could be built or learn; a number that is not named here is a million at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +107,7 @@ class ModelConfig:
     """Step of the loss-free balancing bias (DeepSeek-V3); 0 is off."""
 
     def __post_init__(self) -> None:
+        check_limits(self, **LARGEST_MODEL)
         check_at_least(self, 1, "img_size", "patch_size", "in_channels", "embed_dim", "num_heads", "img_encoder_layers")
         check_at_least(
             self,
@@ -116,7 +123,7 @@ class ModelConfig:
         check_at_least(self, 0, "fusion_layers", "initializer_range", "position_range", "balance_bias_rate")
         check_at_least(self, 3, "max_text_len")
         check_fraction(self, "dropout")
-        check(0 < self.expansion_factor < float("inf"), "expansion_factor", self.expansion_factor, "over 0 and finite")
+        check(self.expansion_factor > 0, "expansion_factor", self.expansion_factor, "over 0")
         hidden = round(self.expansion_factor * self.embed_dim)
         check(hidden >= 1, "expansion_factor", self.expansion_factor, "at least 1 / embed_dim: one hidden unit")
         check(self.layer_norm_eps > 0, "layer_norm_eps", self.layer_norm_eps, "over 0")

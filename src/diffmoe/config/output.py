@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from diffmoe.config.errors import check, check_at_least, expand
+from diffmoe.config.errors import check, check_at_least, check_limits, expand
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +30,10 @@ class GenerationConfig:
     """With 'sample': only the likeliest tokens that have this much probability together are drawn; 1 is all."""
 
     def __post_init__(self) -> None:
+        check_limits(self, beams=1000, length_penalty=10)
         check_at_least(self, 1, "beams")
         check_at_least(self, 0, "no_repeat_ngram", "min_caption_len", "sample_top_k", "length_penalty")
-        check(0 < self.temperature < float("inf"), "temperature", self.temperature, "over 0 and finite")
+        check_at_least(self, 0.001, "temperature")
         check(0 < self.sample_top_p <= 1, "sample_top_p", self.sample_top_p, "over 0 and at most 1")
 
 
@@ -53,5 +54,6 @@ class VisualizationConfig:
 
     def __post_init__(self) -> None:
         expand(self, "output_dir")
+        check_limits(self, dpi=600, examples=200, weakest_classes=400)  # beyond, figures are too large to be drawn
         check_at_least(self, 30, "dpi")
         check_at_least(self, 1, "examples", "weakest_classes")

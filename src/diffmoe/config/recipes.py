@@ -10,6 +10,9 @@ import yaml
 
 from diffmoe.config import EMBEDDED_DATASETS, HUB_DATASETS, GenerationConfig, UserError, dataset_name, nearest
 
+LARGEST_YAML = 1_000_000
+"""In characters; a file of settings has some hundreds."""
+
 
 def config_dir() -> Path:
     """The folder of recipes: inside the installed package, or at the root of a checkout."""
@@ -19,17 +22,31 @@ def config_dir() -> Path:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """A flat YAML mapping. Raises `UserError` naming the file where it is missing or is not one."""
+    text = _read_text(path)
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        loaded = yaml.safe_load(text)
+    except RecursionError as error:
+        raise UserError(f"{path} is nested too deep: it must be a mapping such as 'lr: 0.001'") from error
+    except Exception as error:  # besides its own the library lets those of Python through: `!!int x`, 2024-99-99
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
         raise UserError(f"{path} must be a mapping such as 'lr: 0.001', not {type(loaded).__name__}")
     return loaded
+
+
+def _read_text(path: Path) -> str:
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(LARGEST_YAML + 1)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from error
+    if len(text) > LARGEST_YAML:
+        raise UserError(f"{path} has over {LARGEST_YAML:,} characters: it must be a file of settings")
+    return text
 
 
 def presets() -> dict[str, dict[str, Any]]:
@@ -49,7 +66,7 @@ def recipe(dataset: str, preset: str | None = None) -> dict[str, Any]:
     fields = read_yaml(path if dataset in (*EMBEDDED_DATASETS, *HUB_DATASETS) else config_dir() / "folder.yaml")
     by_preset = fields.pop("presets", {})
     default_preset = fields.pop("preset", "base")
-    name = preset or default_preset
+    name = default_preset if preset is None else preset
     known = presets()
     if name not in known:
         raise UserError(f"preset is {name!r}: it must be one of {', '.join(known)}{nearest(name, known)}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import reprlib
 from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -131,14 +132,16 @@ def _parse(parser: ArgumentParser, argv: list[str]) -> Namespace:
         return parser.parse_args(argv)
     except ArgumentError as error:
         raise UserError(readable(str(error))) from error
+    except (LookupError, AttributeError) as error:  # what its YAML library makes of `!!float` and the like
+        raise UserError(f"the value of a flag is not valid YAML ({error}): it must not begin with !!") from error
 
 
 def readable(message: str) -> str:
     """The parser's message for a wrong value as one plain line: 'lr is 'abc': it must be a float'."""
     message = " ".join(message.split())
-    match = re.match(r"Parser key \"(?P<key>[^\"]+)\": Expected an? (?P<kind>.+?)\. Got value: (?P<value>.*)", message)
+    match = re.match(r"Parser key \"(?P<key>[^\"]+)\": Expected an? (?P<kind>.+?)\. Got value: ?(?P<value>.*)", message)
     if match is None:
-        return message.removeprefix("argument ")
+        return re.sub(r"^Parser key \"(.*?)\":", r"\1:", message.removeprefix("argument "))
     kind = re.sub(r"<class '(\w+)'>|typing\.", r"\1", match["kind"])
     kind = re.sub(r"Literal\[(.+?)\]", r"one of \1", kind)
     kind = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}.get(kind, kind)
@@ -177,12 +180,18 @@ def _read_configs(argv: Sequence[str], with_mode: bool) -> tuple[list[str], list
     return from_yaml, flags
 
 
+def _is_text(name: str) -> bool:
+    return name in FIELDS and str(FIELDS[name].type).startswith("str")
+
+
 def _yaml_flags(path: Path, with_mode: bool) -> list[str]:
     flags = []
     for key, value in read_yaml(path).items():
         if key not in FIELDS and not (key == "mode" and with_mode):
             raise UserError(f"{path}: unknown key {key!r}{nearest(str(key), FIELDS)}")
-        if key in FIELDS and str(FIELDS[key].type).startswith("str") and not isinstance(value, str | None):
+        if isinstance(value, list | dict | set | tuple):  # which may hold itself
+            raise UserError(f"{key} is {reprlib.repr(value)}: it must be a single value in {path}")
+        if _is_text(key) and not isinstance(value, str | None):
             raise UserError(f"{key} is {str(value)!r}: it must be text, in quotes in {path}")
         flags.append(f"--{key}={value if isinstance(value, str) else json.dumps(value, default=str)}")
     return flags

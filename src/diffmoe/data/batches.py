@@ -112,7 +112,11 @@ class PictureBatches(ABC, Generic[S]):
     def _fetch(self, shares: list[Tensor]) -> Iterator[Tensor]:
         images = self.split.images
         if isinstance(images, LazyImages):
-            yield from images.stream(shares, self.num_workers, pin_memory=self.device.type == "cuda")
+            try:
+                yield from images.stream(shares, self.num_workers, pin_memory=self.device.type == "cuda")
+            except UserError as error:
+                error.told = False  # of this rank alone: the others have other pictures
+                raise
         else:
             yield from (images[share] for share in shares)
 

@@ -1,4 +1,4 @@
-"""Captioned pictures that are files: a table of captions (CSV or JSON Lines), or Flickr8k, the original or Kaggle's."""
+"""Captioned pictures that are files: a table of captions (CSV, TSV, JSON Lines), or Flickr8k, original or Kaggle's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from diffmoe.data.splits import ClassesAndSplits, split_of
 from diffmoe.data.tables import caption_columns
 from diffmoe.data.text_files import read_csv, read_json_lines, read_lines
 
-TABLE_SUFFIXES = (".csv", ".jsonl")
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 FLICKR_TOKENS = "Flickr8k.token.txt"
 FLICKR_TABLE = "captions.txt"
 """Of Kaggle's copy: a CSV table, its pictures in a folder beside it."""
@@ -38,6 +38,10 @@ class CaptionFiles:
 
     def __len__(self) -> int:
         return sum(map(len, self.captions.values()))
+
+    def left_out(self) -> tuple[()]:
+        """Nothing: a picture without a row in the table may well be meant for something else."""
+        return ()
 
     def fingerprint(self) -> str:
         """Changes with the captions, and when a picture is written (its size or time)."""
@@ -66,7 +70,9 @@ def find_caption_files(place: Path) -> CaptionFiles | None:
         return _read_flickr(place)
     tables = _tables(place)
     if len(tables) > 1:
-        raise UserError(f"{place} holds {len(tables)} tables: name the one with the captions captions.csv or .jsonl")
+        raise UserError(
+            f"{place} holds {len(tables)} tables: name the one with the captions captions.csv, .tsv or .jsonl"
+        )
     return _read_table(tables[0]) if tables else None
 
 
@@ -77,7 +83,7 @@ def has_caption_files(folder: Path) -> bool:
 
 def has_table_suffix(path: Path) -> bool:
     """Whether a file is a captions table by its name."""
-    return path.suffix in TABLE_SUFFIXES or path.name == FLICKR_TABLE
+    return path.suffix.lower() in TABLE_SUFFIXES or path.name == FLICKR_TABLE
 
 
 def _tables(folder: Path) -> list[Path]:
@@ -102,7 +108,7 @@ def _has_columns(path: Path) -> bool:
 
 def _read_table(path: Path) -> CaptionFiles:
     """`image` and `caption...` columns, a row or several for each picture, and, if there is one, `split`."""
-    rows = read_json_lines(path) if path.suffix == ".jsonl" else read_csv(path, "image")
+    rows = read_json_lines(path) if path.suffix.lower() == ".jsonl" else read_csv(path, "image")
     root = path.parent
     if path.name == FLICKR_TABLE:
         root = next(iter(_flickr_folders(root)), root)

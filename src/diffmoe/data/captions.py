@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -128,4 +129,15 @@ def check_captions(captions: Sequence[Sequence[Any]], where: Callable[[int], str
             if text is None or (isinstance(text, str) and not text.strip()):
                 raise UserError(f"{where(row)} has an empty caption (number {number}): write one or remove the picture")
             if not isinstance(text, str):
-                raise UserError(f"{where(row)} has the caption {text!r} (number {number}): it must be text")
+                raise UserError(f"{where(row)} has the caption {reprlib.repr(text)} (number {number}): it must be text")
+            if not _is_utf8(text):
+                raise UserError(f"{where(row)} has half of a character in its caption (number {number}): write it anew")
+
+
+def _is_utf8(text: str) -> bool:
+    """Not where JSON escapes half of a pair, as in "\\ud83d": no tokenizer takes that."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -209,8 +209,9 @@ def file_status(path: Path) -> os.stat_result:
     """Of a picture. Raises `UserError` naming it where there is none."""
     try:
         return path.stat()
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}: it must be a picture that can be read") from error
+    except (OSError, ValueError) as error:  # of a name with a NUL
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: {reason}: it must be a picture that can be read") from error
 
 
 def _remedy(suffix: str) -> str:

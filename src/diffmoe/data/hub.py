@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,14 @@ from diffmoe.config import HUB_DATASETS, UserError, dataset_name, expanded
 from diffmoe.data.labels import LABEL_COLUMN, FileLabels, encode_labels, listed_names
 from diffmoe.data.pictures import LazyImages, PictureSpec
 from diffmoe.data.splits import SPLIT_ALIASES, ClassesAndSplits, Split
-from diffmoe.data.tables import Columns, TablePictures, check_task, content_fingerprint, with_captions
+from diffmoe.data.tables import (
+    Columns,
+    TablePictures,
+    check_caption_types,
+    check_task,
+    content_fingerprint,
+    with_captions,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder
@@ -31,21 +38,39 @@ class HubSource:
     name: str
 
     @cached_property
+    def splits(self) -> dict[str, Dataset]:
+        """All of the set's splits, memory-mapped, as the hub calls them."""
+        return load_hub(self.name)
+
+    @cached_property
     def tables(self) -> dict[str, Dataset]:
-        """The set's splits, memory-mapped."""
-        hub = load_hub(self.name)
+        """The splits that are read. Raises `UserError` where one will not do."""
+        import pyarrow.types as types
+
+        hub = self.splits
         found = {split: [hub[alias] for alias in aliases if alias in hub] for split, aliases in SPLIT_ALIASES.items()}
         tables = {split: candidates[0] for split, candidates in found.items() if candidates}
         if "train" not in tables:
             raise UserError(f"{self.name} on the hub has the splits {', '.join(hub)}: one must be named train")
-        check_task(
-            {split: Columns.of(table.column_names, f"{self.name} {split}") for split, table in tables.items()},
-            {split: f"{self.name} {split}" for split in tables},
-        )
+        columns = {split: Columns.of(table.column_names, f"{self.name} {split}") for split, table in tables.items()}
+        check_task(columns, {split: f"{self.name} {split}" for split in tables})
+        for split, found in columns.items():
+            schema = tables[split].features.arrow_schema
+            check_caption_types(schema, found.captions, f"{self.name} {split}")
+            if not types.is_struct(kind := schema.field(found.picture).type) and not types.is_binary(kind):
+                raise UserError(
+                    f"{self.name} {split} has {found.picture} of type {kind}: it must hold the pictures themselves; "
+                    f"download the set with its files, and read it with --data_dir DIR"
+                )
         return tables
 
     def __len__(self) -> int:
         return sum(map(len, self.tables.values()))
+
+    def left_out(self) -> Iterator[str]:
+        """The splits that are not read, in a line."""
+        if others := sorted(set(self.splits).difference(*SPLIT_ALIASES.values())):
+            yield f"{self.name} on the hub has splits that are not read: {', '.join(others)}"
 
     def fingerprint(self) -> str:
         """Changes with the content of the library's files."""

@@ -106,9 +106,16 @@ def listed_names(schema: pa.Schema) -> tuple[str, ...]:
     """What a file calls its label numbers, by the metadata that `datasets` writes; empty where it does not say.
 
     Read here, as the library ignores them where the numbers are not of 64 bits.
+    Raises `ValueError` where the metadata is damaged.
     """
-    metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    feature = ((metadata.get("info") or {}).get("features") or {}).get(LABEL_COLUMN)
+    try:
+        metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        feature = ((metadata.get("info") or {}).get("features") or {}).get(LABEL_COLUMN)
+    except (AttributeError, RecursionError) as error:
+        raise ValueError("it is not laid out as the library does") from error
     if not isinstance(feature, dict) or feature.get("_type") != "ClassLabel":
         return ()
-    return tuple(map(str, feature.get("names") or ()))
+    names = feature.get("names") or []
+    if not isinstance(names, list):
+        raise ValueError(f"the names of the classes are {names!r}, no list")
+    return tuple(map(str, names))

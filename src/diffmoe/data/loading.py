@@ -18,7 +18,6 @@ from diffmoe.config import EMBEDDED_DATASETS, DataConfig, UserError, dataset_nam
 from diffmoe.data import shapes
 from diffmoe.data.cache import cache_path, read_cache, write_cache
 from diffmoe.data.captions import CaptionSplit
-from diffmoe.data.folders import FolderSource
 from diffmoe.data.pictures import LazyImages, PictureSpec
 from diffmoe.data.sources import find_source, holds_set
 from diffmoe.data.splits import (
@@ -122,9 +121,8 @@ def _read_digits(picture: PictureSpec) -> ClassesAndSplits:
 
 def _read(config: DataConfig, picture: PictureSpec, progress: bool) -> ClassesAndSplits:
     source = find_source(config)
-    if progress and isinstance(source, FolderSource):
-        for line in source.left_out():
-            log.warning(line)
+    for line in source.left_out() if progress else ():
+        log.warning(line)
     if len(source) * picture.channels * picture.size**2 > config.max_memory_gb * 1e9:
         return source.read(picture, in_memory=False)
     path = cache_path(source.fingerprint(), picture)

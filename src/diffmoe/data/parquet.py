@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +14,14 @@ from diffmoe.data.captions import CaptionSplit
 from diffmoe.data.labels import LABEL_COLUMN, FileLabels, encode_labels, listed_names
 from diffmoe.data.pictures import LazyImages, PictureSpec
 from diffmoe.data.splits import SPLIT_ALIASES, ClassesAndSplits, Split, check_one_alias
-from diffmoe.data.tables import Columns, TablePictures, check_task, content_fingerprint, with_captions
+from diffmoe.data.tables import (
+    Columns,
+    TablePictures,
+    check_caption_types,
+    check_task,
+    content_fingerprint,
+    with_captions,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -36,7 +43,9 @@ class ParquetSource:
         columns: dict[str, Columns] = {}
         for split, paths in files.items():
             for path in paths:
-                found = Columns.of(_read_schema(path).names, str(path))
+                schema = _read_schema(path)
+                found = Columns.of(schema.names, str(path))
+                check_caption_types(schema, found.captions, str(path))
                 same = columns.setdefault(split, found)
                 if (found.picture, set(found.captions)) != (same.picture, set(same.captions)):
                     raise UserError(f"{path} has {found}, but {paths[0]} has {same}: both must have the same columns")
@@ -55,6 +64,15 @@ class ParquetSource:
         import pyarrow.parquet as pq
 
         return tuple(itertools.accumulate(pq.read_metadata(path).num_rows for path in self.files[split]))
+
+    def left_out(self) -> Iterator[str]:
+        """The files of no split that is read, in a line."""
+        folder, read = self.files["train"][0].parent, set(itertools.chain.from_iterable(self.files.values()))
+        if others := sorted(path.name for path in folder.glob("*.parquet") if path not in read):
+            yield (
+                f"{folder} has Parquet files that are not read ({len(others):,}), such as {others[0]}: "
+                f"a file's name must begin with {', '.join(SPLIT_ALIASES)}"
+            )
 
     def fingerprint(self) -> str:
         """Changes with the files' content, and when a picture that is a file of its own is written."""
@@ -125,7 +143,9 @@ def _read_columns(path: Path, columns: Sequence[str]) -> pa.Table:
     import pyarrow.parquet as pq
 
     try:
-        return pq.read_table(path, columns=list(columns))
+        table = pq.read_table(path, columns=list(columns))
+        table.validate(full=True)  # texts that are no UTF-8 among others
+        return table
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read ({_one_line(error)})") from error
 
@@ -146,7 +166,7 @@ def _read_labels(path: Path) -> FileLabels:
     try:
         names = listed_names(_read_schema(path))
     except ValueError as error:
-        raise UserError(f"{path} has metadata of `datasets` that is not valid JSON: {error}") from error
+        raise UserError(f"{path} has metadata of `datasets` that will not do: {error}") from error
     return FileLabels(str(path), column, names)
 
 

@@ -6,7 +6,9 @@ Shapes: B pictures of a batch, N of a split, C channels (1 grey, 3 colour), H he
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
+import errno
 import io
 import os
 from collections.abc import Iterator, Sequence
@@ -46,6 +48,11 @@ UNREAD_SUFFIXES = tuple(
 # Texts and colour profiles of over 1 MB are not the picture, but PIL gives it up for them. Its limit for all texts of
 # a file, 64 MB, does for each: what unpacks to more is meant to do harm.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+
+# What libtiff thinks of a damaged file it would print beside the one line that refuses it.
+for _library in Path(Image.__file__).parents[1].glob("pillow.libs/libtiff-*"):
+    for _handler in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
+        getattr(ctypes.CDLL(str(_library)), _handler)(None)
 
 _CHUNK_BYTES = 2**21
 """Decoded bytes that a worker hands over at once: shared memory is 64 MB in a default container."""
@@ -91,7 +98,7 @@ class PictureSpec:
         """An encoded picture as uint8 (C, size, size). Raises `UserError` naming `where` where that fails."""
         try:
             # Through bytes, not the path: PIL would leave the file of a damaged picture open.
-            encoded = picture.read_bytes() if isinstance(picture, Path) else picture
+            encoded = _read_file(picture) if isinstance(picture, Path) else picture
             with Image.open(io.BytesIO(encoded)) as image:
                 # JPEG can decode straight to a half, a quarter or an eighth: no photograph is decoded at 20 times the
                 # size.
@@ -235,6 +242,13 @@ class _DecodedOrError(Dataset[Tensor | UserError]):
             return self.lazy[indices]
         except UserError as error:
             return error
+
+
+def _read_file(path: Path) -> bytes:
+    """Its bytes. Raises `OSError` where there are none, or where they may have no end: of a device, of a pipe."""
+    if not (path.is_file() or path.is_dir()) and path.exists():
+        raise OSError(errno.EINVAL, "Not a regular file")
+    return path.read_bytes()
 
 
 def available_cores() -> int:

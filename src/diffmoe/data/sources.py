@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -28,6 +29,10 @@ class Source(Protocol):
 
     def __len__(self) -> int:
         """Pictures in all splits."""
+        ...
+
+    def left_out(self) -> Iterable[str]:
+        """What looks as if it were meant to be read and is not, in a line each."""
         ...
 
     def fingerprint(self) -> str:

@@ -41,16 +41,19 @@ class TablePictures:
     def read(self, rows: Sequence[int]) -> list[bytes | Path]:
         """The encoded pictures at `rows`. Raises `UserError` naming the row where there is none."""
         table: Any = self.column[list(rows)] if rows else None  # a pyarrow table, by the dataset's format
-        cells = table.column(0).to_pylist() if rows else []
+        try:
+            cells = table.column(0).to_pylist() if rows else []
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.where(rows[0])}, or one after it, has a path that is no UTF-8: mend it") from error
         return [self._picture(cell, row) for cell, row in zip(cells, rows, strict=True)]
 
     def _picture(self, cell: Mapping[str, Any] | bytes | str | None, row: int) -> bytes | Path:
         encoded, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, Mapping) else (cell, None)
         if isinstance(encoded, str):
             return Path(self.files[self._file(row)]).parent / encoded
-        if encoded is not None:
+        if isinstance(encoded, bytes):
             return encoded
-        if path is None:
+        if encoded is not None or not isinstance(path, str):
             raise UserError(f"{self.where(row)} has no picture: it must hold the bytes of one")
         return Path(path)
 
@@ -81,6 +84,9 @@ class Columns:
                 f"{where} has the columns {', '.join(names)}: "
                 f"it must have {' or '.join(PICTURE_COLUMNS)}, and {LABEL_COLUMN} or caption, caption_0, ..."
             )
+        for name in (pictures[0], *(captions or [LABEL_COLUMN])):
+            if names.count(name) > 1:
+                raise UserError(f"{where} has the column {name} more than once: each must have its own name")
         return cls(pictures[0], captions)
 
     def __str__(self) -> str:
@@ -98,6 +104,20 @@ def check_task(columns: dict[str, Columns], where: dict[str, str]) -> None:
     for split, found in columns.items():
         if bool(found.captions) != bool(train.captions):
             raise UserError(f"{where[split]} has {found}, but {where['train']} has {train}: both must be of one kind")
+
+
+def check_caption_types(schema: pa.Schema, captions: Iterable[str], where: str) -> None:
+    """Raises `UserError` naming a column that holds neither texts nor lists of texts."""
+    import pyarrow.types as types
+
+    for name in captions:
+        kind = held = schema.field(name).type
+        if types.is_list(kind) or types.is_large_list(kind) or types.is_dictionary(kind):
+            held = kind.value_type
+        if not (
+            types.is_string(held) or types.is_large_string(held) or types.is_string_view(held) or types.is_null(held)
+        ):
+            raise UserError(f"{where} has {name} of type {kind}: captions must be texts, or lists of texts")
 
 
 def content_fingerprint(files: dict[str, list[Path]], pictures: Iterable[Path] = ()) -> str:

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -37,6 +38,8 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
             row = json.loads(line, object_pairs_hook=_unrepeated)
         except ValueError as error:
             raise UserError(f"{path} line {number} is not valid JSON: {error}") from error
+        except RecursionError as error:
+            raise UserError(f"{path} line {number} is nested too deep: it must be an object of texts") from error
         if not isinstance(row, dict):
             raise UserError(f"{path} line {number} must be an object such as {{'image': 'a.jpg', 'caption': '...'}}")
         yield number, row
@@ -57,8 +60,8 @@ def read_csv(path: Path, picture_column: str) -> Iterator[tuple[int, dict[str, s
     rows = _csv_rows(path, text, separator)
     number, names, lines = next(rows, (1, [], ()))
     head = [name.strip() for name in names]
-    for name in filter(None, head):
-        if head.count(name) > 1:
+    for name, count in Counter(filter(None, head)).items():
+        if count > 1:
             raise UserError(f"{path} line {number} has the column {name} more than once: each must have its own name")
     column = head.index(picture_column) if picture_column in head else len(head)
     _check_one_row(path, number, lines, separator, column, pictures=0)
@@ -92,7 +95,9 @@ def _unrepeated(pairs: list[tuple[str, object]]) -> dict[str, object]:
     row = dict(pairs)
     if len(row) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"it has the key {next(name for name in names if names.count(name) > 1)!r} more than once")
+        raise ValueError(
+            f"it has the key {next(name for name, count in Counter(names).items() if count > 1)!r} more than once"
+        )
     return row
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
+import os
 import pickle
 import reprlib
 import struct
@@ -125,7 +126,7 @@ def read(path: str | Path, kind: str) -> dict[str, Any]:
     `kind` is the format expected: `MODEL_FORMAT` for a model file.
     """
     path = Path(expanded(str(path)))
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path's own raises on a name that is too long
         raise UserError(f"checkpoint {path} does not exist")
     # Only torch's zip files are ours: nothing else is unpickled at all, not even warily.
     if not zipfile.is_zipfile(path):

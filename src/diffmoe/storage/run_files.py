@@ -49,17 +49,17 @@ class RunFiles:
 
         Raises `UserError`.
         """
+        check_writable(self.model.parent, self.model.name)
+        check_writable(self.folder)
+        for path in (self.model, self.last, self.metrics, self.history):
+            if path.is_dir():
+                raise UserError(f"{path} is a folder: training writes a file there; give another --save_dir")
         self.replace_earlier()
         if run.resume and not self.last.is_file():
             raise UserError(f"resume: there is no {self.last} to go on from")
         if not (run.resume or run.overwrite):
             for path in self._written():
                 raise UserError(f"{path} is an earlier run's: give --resume, --overwrite or another --save_dir")
-        for path in self._written():
-            if path.is_dir():
-                raise UserError(f"{path} is a folder: training writes a file there; give another --save_dir")
-        check_writable(self.model.parent)
-        check_writable(self.folder)
 
     @contextmanager
     def replacing(self) -> Iterator[RunFiles]:
@@ -126,7 +126,7 @@ class RunFiles:
             return {}
         try:
             found = json.loads(self.metrics.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{self.metrics} is not valid JSON: mend or remove it") from error
         if not isinstance(found, dict):
             raise UserError(f"{self.metrics} is not a JSON object: mend or remove it")
@@ -146,8 +146,11 @@ class RunFiles:
         write_atomically(self.history, write)
 
     def read_history(self) -> list[Metrics]:
-        """The rows of `history.csv`; empty where there is none."""
+        """The rows of `history.csv`; empty where there is none. Raises `UserError` where it is damaged."""
         if not self.history.exists():
             return []
-        with self.history.open(newline="", encoding="utf-8") as file:
-            return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        try:
+            with self.history.open(newline="", encoding="utf-8") as file:
+                return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        except (OSError, TypeError, ValueError, csv.Error) as error:
+            raise UserError(f"{self.history} is not a table of numbers: mend or remove it") from error

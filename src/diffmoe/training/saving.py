@@ -17,7 +17,7 @@ from diffmoe.storage.model_files import DataInfo, check_finite, read, save_model
 from diffmoe.storage.run_files import RunFiles
 from diffmoe.training.loop import Progress
 from diffmoe.training.objective import Trainee
-from diffmoe.training.parallel import whole_state
+from diffmoe.training.parallel import together, whole_state
 
 RUN_FORMAT = "diffmoe-run-2"
 
@@ -46,8 +46,9 @@ class Saver:
             weights["averages"] = trainee.averages.state(kept)
         place = self.files.replacing() if self.is_first and fabric.is_global_zero else nullcontext(self.files)
         with place as files:
-            if progress.is_best and fabric.is_global_zero:
-                save_model(files.model, trainee.evaluated, self.info, kept)
+            best = files.model if progress.is_best and fabric.is_global_zero else None
+            # Where the disk is full all end, with the first one's line.
+            together(fabric, lambda: best and save_model(best, trainee.evaluated, self.info, kept))
             if self.is_first and fabric.is_global_zero:
                 files.write_config(self.config)
             save_run(files.last, trainee, progress, self.shared, weights)
@@ -68,9 +69,7 @@ def save_run(
         "rng": fabric.all_gather(_rng_state(fabric)),
         "threads": torch.get_num_threads(),
     }
-    if fabric.is_global_zero:
-        write(path, states)
-    fabric.barrier()
+    together(fabric, lambda: write(path, states) if fabric.is_global_zero else None)
 
 
 def load_run(path: Path, trainee: Trainee, shared: Mapping[str, Any]) -> Progress:

@@ -50,7 +50,7 @@ class TrainingConfig:
     """torch.compile the model: pays on a GPU, not on a CPU."""
 
     def __post_init__(self) -> None:
-        check_limits(self, seed=MAX_SEED, lr=1e30, muon_lr=1e30)
+        check_limits(self, seed=MAX_SEED, lr=1e30)
         check_at_least(self, 1, "epochs", "batch_size", "accumulation_steps")
         check_at_least(self, 0, "weight_decay", "clip_norm", "patience", "seed")
         for name in ("lr", "muon_lr", "expert_lr_scale"):

@@ -25,9 +25,9 @@ from diffmoe.data.pictures import PictureSpec
 TINY = (
     *("--device", "cpu", "--embed_dim", "16", "--num_heads", "2", "--img_encoder_layers", "1"),
     *("--text_encoder_layers", "1", "--text_embed_dim", "8", "--max_text_len", "8"),
-    *("--test_fraction", "0.7", "--val_fraction", "0.5"),
+    *("--test_fraction", "0.7", "--val_fraction", "0.5", "--precision", "32-true"),
 )
-"""269 training pictures of digits and a model that takes milliseconds a step."""
+"""269 training pictures of digits and a model that takes milliseconds a step; alike on every processor."""
 
 
 MATMUL: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue] - it is there
@@ -168,6 +168,7 @@ def captioned(tmp_path_factory: pytest.TempPathFactory) -> Captioned:
     (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     save_dir = root / "checkpoints"
     flags = (*CAPTIONER, "--device", "cpu", "--epochs", "2", "--batch_size", "8", "--preset", "tiny")
+    flags += ("--precision", "32-true")
     with isolated(root / "cache"):
         assert main(["train", "--dataset", str(folder), "--save_dir", str(save_dir), *flags]) == 0
     return Captioned(folder, sorted(folder.glob("*.png")), save_dir, save_dir / "drawn_model.pth", CAPTIONER, flags)

@@ -15,6 +15,7 @@ from diffmoe.config import GenerationConfig, UserError
 from diffmoe.config.recipes import generation_config
 from diffmoe.data import pictures as data_pictures
 from diffmoe.data.text import detokenize, tokenize
+from diffmoe.evaluation.views import views
 from diffmoe.model.captioner import Captioner
 from diffmoe.model.heads import ImageClassifier
 from diffmoe.storage.model_files import load_model_file, save_model
@@ -115,6 +116,23 @@ class TestClassify:
             assert list(said) == [str(digit) for digit in probabilities.argsort(descending=True).tolist()]
             assert sum(said.values()) == pytest.approx(1, abs=1e-5)
         assert [len(row["predictions"]) for row in classifier.classify(drawn)] == [5] * len(drawn)
+
+    @pytest.mark.parametrize(("tta", "count"), [("flip", 2), ("flip_shift", 6)])
+    def test_is_the_mean_over_the_views(self, classifier: Predictor, small: list[Path], tta: str, count: int) -> None:
+        images = classifier.prepare(torch.stack([classifier.picture.read(path) for path in small]))
+        seen = list(views(images, tta))
+        assert len(seen) == count
+        with torch.no_grad():
+            expected = torch.stack([classifier.model(view)["logits"].softmax(-1) for view in seen]).mean(0)
+        found = classifier.probabilities(small, tta=tta)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+        assert not torch.allclose(found, classifier.probabilities(small), rtol=0, atol=1e-6)
+        row, *_ = classifier.classify(small, top=1, tta=tta)
+        assert row["predictions"][0]["probability"] == pytest.approx(float(found[0].max()))
+
+    def test_of_unknown_views_is_one_line(self, classifier: Predictor, drawn: list[Path]) -> None:
+        with pytest.raises(UserError, match="tta is 'many': it must be one of none, flip, flip_shift"):
+            classifier.classify(drawn, tta="many")
 
     def test_of_a_captioner_is_one_line(self, captioner: Predictor, drawn: list[Path]) -> None:
         assert not captioner.has_classes

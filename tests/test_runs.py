@@ -23,10 +23,13 @@ from tests.training.signals import send_at
 import diffmoe
 from diffmoe import hardware, runs
 from diffmoe.commands import train as command
-from diffmoe.config import UserError
+from diffmoe.config import DataConfig, UserError
 from diffmoe.config.settings import parse_settings
+from diffmoe.data.loading import load_dataset
 from diffmoe.hardware import Threads
 from diffmoe.model.heads import ImageClassifier
+from diffmoe.model.patch_embed import Whitening
+from diffmoe.storage.model_files import load_model_file
 from diffmoe.storage.run_files import RunFiles
 from diffmoe.tasks.classification import Classification
 from diffmoe.training.loop import StopRequested
@@ -39,7 +42,7 @@ def read_metrics(save_dir: Path) -> dict[str, Any]:
 
 FLAGS: dict[str, Any] = {
     **{"device": "cpu", "embed_dim": 16, "num_heads": 2, "img_encoder_layers": 1, "text_encoder_layers": 1},
-    **{"text_embed_dim": 8, "max_text_len": 8, "test_fraction": 0.7, "val_fraction": 0.5},
+    **{"text_embed_dim": 8, "max_text_len": 8, "test_fraction": 0.7, "val_fraction": 0.5, "precision": "32-true"},
 }
 """Those of `tiny_flags`."""
 
@@ -145,6 +148,18 @@ class TestRuns:
         names = {"confusion_matrix", "predictions", "calibration", "per_class", "training_curves"}
         assert {path.name for path in (tmp_path / "pictures" / "digits").iterdir()} == {f"{n}.png" for n in names}
 
+    def test_accuracy_is_told_with_views_and_without_and_never_of_an_earlier_test(self, cli, own_run, tmp_path):
+        where = ("--save_dir", own_run.save_dir, "--output_dir", tmp_path)
+        plain = cli("test", *where)
+        accuracy = read_metrics(own_run.save_dir)["test_accuracy"]
+        assert "views" not in plain.out
+        result = cli("test", *where, "--tta", "flip")
+        metrics = read_metrics(own_run.save_dir)
+        assert metrics["test_accuracy"] == accuracy != metrics["test_accuracy_tta"]
+        assert f"mean over the views {metrics['test_accuracy_tta']:.2%}" in " ".join(result.out.split())
+        assert cli("test", *where).out == plain.out
+        assert "test_accuracy_tta" not in read_metrics(own_run.save_dir)
+
     def test_of_a_folder_of_pictures(self, cli, tiny_flags, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         generator = np.random.default_rng(0)
@@ -170,7 +185,9 @@ class TestRuns:
 
     def test_in_bfloat16_is_saved_in_float32(self, cli, tiny_flags, tmp_path):
         flags = [*tiny_flags, "--epochs", 1, "--save_dir", tmp_path, "--precision", "bf16-mixed"]
-        assert cli("train", *flags).code == 0
+        result = cli("train", *flags)
+        assert (result.code, result.err) == (0, "")
+        assert "; on cpu in bfloat16\n" in result.out
         state = torch.load(tmp_path / "digits_model.pth", weights_only=True)["state_dict"]
         assert {tensor.dtype for tensor in state.values()} == {torch.float32, torch.int64}
 
@@ -187,12 +204,16 @@ class TestRuns:
         assert "note: about" in quiet
         assert "--preset" not in quiet
 
+    @pytest.mark.parametrize(
+        ("patch_embed", "patch_size", "start_size"), [("conv", 8, 1), ("whitened", 8, 1), ("conv", 4, 0.5)]
+    )
     @pytest.mark.parametrize("batch_size", [1, 3])
     def test_a_batch_that_batchnorm_cannot_learn_from_is_one_line(
-        self, cli, tiny_flags, flowers, tmp_path, snapshot, batch_size
+        self, cli, tiny_flags, flowers, tmp_path, snapshot, batch_size, patch_embed, patch_size, start_size
     ):
         """4 are left to train on."""
-        flags = [*tiny_flags, "--dataset", flowers, "--patch_embed", "conv", "--img_size", 8, "--patch_size", 8]
+        flags = [*tiny_flags, "--dataset", flowers, "--patch_embed", patch_embed, "--img_size", 8]
+        flags += ["--patch_size", patch_size, "--start_size", start_size]
         before = snapshot(tmp_path)
         argv = ("train", *flags, "--epochs", 1, "--save_dir", tmp_path / "runs", "--batch_size")
         result = cli(*argv, batch_size)
@@ -200,6 +221,24 @@ class TestRuns:
         assert f"batch_size is {batch_size}: " in result.err
         assert snapshot(tmp_path) == before
         assert cli(*argv, 2).code == 0
+
+    def test_whitens_by_its_first_training_pictures_once(self, cli, tiny_flags, tmp_path, monkeypatch):
+        monkeypatch.setattr(runs, "WHITENING_SAMPLE", 100)
+        seen: list[torch.Tensor] = []
+        fit = Whitening.fit
+        monkeypatch.setattr(Whitening, "fit", lambda self, images: (seen.append(images), fit(self, images)))
+        flags = [*tiny_flags, "--patch_embed", "whitened", "--epochs", 2, "--save_dir", tmp_path]
+        send_at(monkeypatch, Trainee, "step", [2], signal.SIGTERM)
+        assert [cli("train", *flags, *more).code for more in ((), ("--resume",))] == [143, 0]
+        assert cli("test", "--save_dir", tmp_path, "--output_dir", tmp_path).code == 0
+        loaded = load_model_file(tmp_path / "digits_model.pth")
+        config = DataConfig(val_fraction=0.5, test_fraction=0.7)
+        data = load_dataset(config, loaded.picture)
+        assert len(seen) == 1
+        assert torch.equal(seen[0], loaded.picture.normalize(data.train.images[:100]))
+        expected = Whitening(1)
+        fit(expected, seen[0])
+        assert torch.equal(loaded.model.state_dict()["backbone.patch_embed.projection.0.weight"], expected.weight)
 
     def test_that_diverges_is_one_line(self, cli, tiny_flags, tmp_path):
         result = cli("train", *tiny_flags, "--epochs", 1, "--lr", 1e30, "--clip_norm", 0, "--save_dir", tmp_path)

@@ -21,6 +21,7 @@ from diffmoe.config.recipes import generation_config
 from diffmoe.data.pictures import LazyImages
 from diffmoe.data.text import tokenize
 from diffmoe.evaluation.experts import BlockRouting
+from diffmoe.evaluation.views import views
 from diffmoe.hardware import pick_device, use_fast_matmul
 from diffmoe.model.encoders import AttentionMap
 from diffmoe.model.multimodal import MultiModalMoE
@@ -96,15 +97,21 @@ class Predictor:
         """uint8 (N, C, H, W) -> normalised float32, on the device."""
         return self.picture.normalize(pixels.to(self.device))
 
-    def classify(self, pictures: Pictures, top: int = 5) -> list[Row]:
+    def classify(self, pictures: Pictures, top: int = 5, tta: str = "none") -> list[Row]:
         """The `top` most probable classes: `{image, predictions: [{class, probability}]}`."""
-        probabilities = self.probabilities(pictures)
+        probabilities = self.probabilities(pictures, tta)
         return self._rows(pictures, [{"predictions": self._ranked(row, top)} for row in probabilities])
 
-    def probabilities(self, pictures: Pictures) -> Tensor:
-        """Of each class, (N, classes) float32 on the CPU. Raises `UserError` where the model has no classes."""
+    def probabilities(self, pictures: Pictures, tta: str = "none") -> Tensor:
+        """Of each class, (N, classes) float32 on the CPU; their mean over the `views` that `tta` names.
+
+        Raises `UserError` where the model has no classes, or `tta` is none of them.
+        """
+        chunks: list[Tensor] = []
         with torch.inference_mode():
-            chunks = [self.task.classify(self.model, part, self.classes) for part in self._batches(pictures)]
+            for part in self._batches(pictures):
+                by_view = [self.task.classify(self.model, view, self.classes) for view in views(part, tta)]
+                chunks.append(torch.stack(by_view).mean(0))
         return torch.cat(chunks).clone()
 
     def zero_shot(self, pictures: Pictures, labels: Sequence[str], templates: Sequence[str] = TEMPLATES) -> list[Row]:

@@ -42,11 +42,14 @@ from diffmoe.training.loop import Hooks, Progress, StopRequested, fit
 from diffmoe.training.objective import Trainee
 from diffmoe.training.parallel import make_fabric, one_ends_all, share_buffers, together
 from diffmoe.training.saving import DATA, Saver, load_run
+from diffmoe.training.sizes import picture_size
 
 log = logging.getLogger(__name__)
 
 Tell = Callable[[str], object]
 HOUR = 3600
+WHITENING_SAMPLE, WHITENING_VALUES = 5000, 2**25
+"""Training pictures that a stem is whitened by, and how many values they may have in all: fewer of large ones."""
 ELSEWHERE = ("data_dir", "num_workers", "max_memory_gb")
 """Settings that a resumed run may have others of: they say where the data is and how it is read."""
 
@@ -99,7 +102,7 @@ def train_run(settings: Settings, tell: Tell = print) -> dict[str, Any]:
         torch.manual_seed(seed)
         model = task.build(settings, data)
         _check_last_batch(settings, model, len(data.train), fabric.world_size)
-        _start_from(settings, model, told)
+        _start_from(settings, model, data, told)
         trainee = Trainee(fabric, model, settings.training)
         # Weights are equal on all ranks; dropout and the descriptions drawn from here on are not.
         torch.manual_seed(seed + 1 + fabric.global_rank)
@@ -114,12 +117,15 @@ def train_run(settings: Settings, tell: Tell = print) -> dict[str, Any]:
         validation = task.in_order(model.config, data.validation, data.picture, runtime)
 
         def validate() -> dict[str, float]:
-            share_buffers(fabric, model)
-            return task.validate(model, validation, fabric.autocast)
+            for one in dict.fromkeys((model, trainee.evaluated)):  # not a set: all ranks need one order
+                share_buffers(fabric, one)
+            return task.validate(trainee.evaluated, validation, fabric.autocast)
 
         def save(progress: Progress) -> None:
             if progress.window == 0:  # an epoch ends: where the experts' load is by now, on the same batch each time
-                progress.history[-1] |= routing_metrics(epochs.see(trace_experts(model, [sample], fabric.autocast)))
+                progress.history[-1] |= routing_metrics(
+                    epochs.see(trace_experts(trainee.evaluated, [sample], fabric.autocast))
+                )
             saver.save(progress)
 
         hooks = Hooks(
@@ -187,7 +193,7 @@ def check_run(settings: Settings, trains: bool) -> Task:
     check_outside_data(files.folder, settings.data, "save_dir", "checkpoints")
     if tests:
         check_outside_data(pictures, settings.data, "output_dir", "visualizations")
-        task.check_outputs(pictures, settings.run.overwrite)
+        task.check_test(settings.run, pictures)
     if trains:
         if settings.run.checkpoint is not None:
             raise UserError("checkpoint is for test: training writes <save_dir>/<dataset>_model.pth")
@@ -204,7 +210,9 @@ def _check_last_batch(settings: Settings, model: Head, pictures: int, world_size
     """BatchNorm learns from no single value. Raises `UserError` where a training batch would bring it one a channel."""
     share = settings.training.batch_size // world_size
     last = -(-pictures // world_size) % share or share
-    if last == 1 and model.config.num_patches == 1 and any(isinstance(m, BatchNorm) for m in model.modules()):
+    smallest = picture_size(0, 1, settings.training, model.config) or model.config.img_size
+    one_patch = smallest == model.config.patch_size
+    if last == 1 and one_patch and any(isinstance(m, BatchNorm) for m in model.modules()):
         raise UserError(
             f"batch_size is {settings.training.batch_size}: a batch of the {pictures} training pictures would be a "
             "single one, of a single patch, which BatchNorm (as of patch_embed 'conv') cannot learn from; give another"
@@ -242,8 +250,14 @@ def _settings(mode: str, flags: Mapping[str, object]) -> Settings:
     return parse_settings([f"--{name}={word}" for name, word in words.items()], prog=f"diffmoe.{mode}", mode=mode)
 
 
-def _start_from(settings: Settings, model: Head, tell: Tell) -> None:
-    if settings.run.init is not None and not settings.run.resume:
+def _start_from(settings: Settings, model: Head, data: Dataset, tell: Tell) -> None:
+    """What a new model has before it is trained: whitened pictures, pretrained weights."""
+    if settings.run.resume:
+        return
+    if settings.model.patch_embed == "whitened":
+        first = min(WHITENING_SAMPLE, WHITENING_VALUES // data.train.images[:1].numel())
+        model.backbone.patch_embed.whiten(data.picture.normalize(data.train.images[:first]))
+    if settings.run.init is not None:
         from diffmoe.pretrained import start_from
 
         for line in start_from(model, settings.run.init):
@@ -262,10 +276,11 @@ def _shared(settings: Settings, model: Head, data: Dataset, fabric: Fabric) -> d
 
 def _introduce(task: Task, model: Head, data: Dataset, fabric: Fabric, tell: Tell) -> None:
     counts = parameter_counts(model)
+    number_format = " in bfloat16" if fabric.strategy.precision.precision == "bf16-mixed" else ""
     tell(data.summary())
     tell(
         f"model: {counts['parameters_total'] / 1e6:.2f} M parameters, "
-        f"{counts['parameters_active'] / 1e6:.2f} M active for a token; on {fabric.device}"
+        f"{counts['parameters_active'] / 1e6:.2f} M active for a token; on {fabric.device}{number_format}"
     )
     for note in task.notes(model.config):
         tell(f"note: {note}")

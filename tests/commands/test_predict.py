@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from diffmoe import load_model
+from diffmoe import Predictor, load_model
 
 Cli = Callable[..., Any]
 
@@ -40,6 +40,13 @@ class TestPredict:
         (entry,) = json.loads(cli("predict", "--checkpoint", trained.model, "--json", "--top", 99, drawn[0]).out)
         assert len(entry["predictions"]) == 10
         assert sum(row["probability"] for row in entry["predictions"]) == pytest.approx(1)
+
+    def test_is_averaged_over_views_where_asked_for(self, cli, trained, drawn):
+        argv = ["predict", "--checkpoint", trained.model, "--json", drawn[0]]
+        plain, averaged = (json.loads(cli(*argv, *more).out) for more in ((), ("--tta", "flip")))
+        expected = Predictor(trained.model, "cpu").classify(drawn[0], tta="flip")
+        assert averaged == expected != plain
+        assert cli(*argv, "--tta", "many").code == 2
 
     def test_a_picture_does_not_depend_on_its_neighbours(self, cli, trained, drawn):
         argv = ["predict", "--checkpoint", trained.model, "--json"]

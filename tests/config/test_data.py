@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from diffmoe.config import EMBEDDED_DATASETS, DataConfig, dataset_name
 IMPOSSIBLE: list[tuple[str, Any, str]] = [
     *((name, 1.0, "not including, 1") for name in ("val_fraction", "test_fraction", "erase")),
     *((name, 0.0, "over 0") for name in ("val_fraction", "test_fraction")),
-    *((name, -1, "at least 0") for name in ("crop_padding", "max_memory_gb", "num_workers", "split_seed")),
+    *((name, value, "at least 0") for name in ("mixup", "cutmix") for value in (-0.1, math.nan)),
+    *((name, -1, "at least 0") for name in ("crop_padding", "cutout", "max_memory_gb", "num_workers", "split_seed")),
     ("split_seed", 2**64, "at most|less|below"),  # torch's generators take 64 bits
 ]
 

@@ -18,6 +18,7 @@ from diffmoe.config.settings import FIELDS, GROUPS, Settings, as_yaml, parse_fie
 GROUP_OF = {name: group for group, config in GROUPS.items() for name in get_type_hints(config)}
 
 OTHER: dict[str, Any] = {
+    "start_size": 0.75,
     "init": "open_clip:ViT-B-32/laion2b_s34b_b79k",
     "sample_top_p": 0.5,
     "dataset": "cifar10",
@@ -189,7 +190,7 @@ WRONG = {
     "--lr nan": "lr is 'nan': it must be a number",
     "--flip maybe": "flip is 'maybe': it must be true or false",
     "--device gpu": "device is 'gpu': it must be one of 'auto', 'cpu', 'cuda', 'mps'",
-    "--patch_embed cnn": "patch_embed is 'cnn': it must be one of 'linear', 'conv'",
+    "--patch_embed cnn": "patch_embed is 'cnn': it must be one of 'linear', 'conv', 'whitened'",
     "--preset tinny": "did you mean 'tiny'?",
     "--embed_dim 100 --num_heads 8": "embed_dim is 100: it must be a multiple of num_heads (8)",
     "digits": "unrecognized arguments: digits",

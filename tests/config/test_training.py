@@ -19,9 +19,14 @@ IMPOSSIBLE: list[tuple[type, str, Any, str]] = [
     *((TrainingConfig, name, 0, "at least 1") for name in ("epochs", "batch_size", "accumulation_steps")),
     *((TrainingConfig, name, -1, "at least 0") for name in ("weight_decay", "clip_norm", "patience", "seed")),
     (TrainingConfig, "seed", 2**64, "at most|less|below"),
-    *((TrainingConfig, "lr", value, "over 0") for value in (0.0, -1.0, math.nan)),
-    *((TrainingConfig, name, 1.0, "not including, 1") for name in ("warmup_fraction", "label_smoothing")),
+    *(
+        (TrainingConfig, name, value, "over 0")
+        for name in ("lr", "muon_lr", "expert_lr_scale")
+        for value in (0.0, -1.0, math.nan)
+    ),
+    *((TrainingConfig, name, 1.0, "not including, 1") for name in ("warmup_fraction", "ema_decay", "label_smoothing")),
     (TrainingConfig, "final_lr_fraction", 1.1, "from 0 to 1"),
+    *((TrainingConfig, "start_size", value, "over 0 and at most 1") for value in (0, 1.1, math.nan)),
     (RunConfig, "num_devices", 0, "at least 1"),
 ]
 

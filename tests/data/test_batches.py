@@ -1,23 +1,26 @@
 """The order and the augmentation of batches are functions of (seed, epoch, batch, rank), and lose no picture."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from diffmoe.config import DataConfig, UserError
-from diffmoe.data.batches import Batch, Batches
+from diffmoe.data.augmentation import is_mirrored
+from diffmoe.data.batches import Batch, Batches, MixedBatches
 from diffmoe.data.folders import FilePictures
 from diffmoe.data.pictures import LazyImages, PictureSpec
 from diffmoe.data.splits import Split
 
 PICTURE = PictureSpec(8, 3, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
 AUGMENT = DataConfig(crop_padding=2, flip=True, erase=0.5)
+ALL = DataConfig(crop_padding=2, alternate_flip=True, erase=0.5, cutout=3, mixup=0.4, cutmix=0.4)
 
 
 def numbered(count: int, size: int = 8) -> Split:
@@ -74,14 +77,16 @@ def test_evaluation_is_in_order_and_never_augmented() -> None:
         assert torch.equal(images, PICTURE.normalize(split.images[:]))
 
 
+@pytest.mark.parametrize(("kind", "augment"), [(Batches, AUGMENT), (MixedBatches, ALL)])
+@settings(deadline=None, max_examples=50)
 @given(start=st.integers(0, 8), epoch=st.integers(0, 2))
-def test_resuming_in_mid_epoch_is_bit_equal(start: int, epoch: int) -> None:
-    loader = batches(numbered(30), 4, shuffle=True, seed=3, augment=AUGMENT)
+def test_resuming_in_mid_epoch_is_bit_equal(kind: Any, augment: DataConfig, start: int, epoch: int) -> None:
+    loader = kind(numbered(30), 4, picture=PICTURE, shuffle=True, seed=3, augment=augment)
     assert equal(list(loader.epoch(epoch))[start:], list(loader.epoch(epoch, start)))
 
 
 def test_batches_leave_the_global_generator_alone() -> None:
-    loader = batches(numbered(30), 4, shuffle=True, augment=AUGMENT)
+    loader: Any = MixedBatches(numbered(30), 4, picture=PICTURE, shuffle=True, augment=ALL)
     torch.manual_seed(1)
     first = list(loader.epoch())
     state = torch.get_rng_state()
@@ -120,6 +125,32 @@ def test_ranks_together_evaluate_every_picture_once(count: int, batch_size: int,
         assert len(found) == len(loader)
         seen += [label for batch in found for label in batch.labels.tolist()]
     assert sorted(seen) == list(range(count))
+
+
+def test_alternate_flip_goes_by_the_picture_not_by_its_place_in_the_batch() -> None:
+    split = numbered(30)
+    loader = batches(split, 7, shuffle=True, augment=DataConfig(alternate_flip=True))
+    for epoch in range(2):
+        for images, labels in loader.epoch(epoch):
+            whole = PICTURE.normalize(split.images[labels])
+            mirrored = is_mirrored(labels, epoch)[:, None, None, None]  # its label is its row
+            assert torch.equal(images, torch.where(mirrored, whole.flip(-1), whole))
+
+
+def test_mixed_pictures_come_with_both_labels() -> None:
+    split = numbered(30)
+    loader = MixedBatches(split, 8, picture=PICTURE, shuffle=True, augment=DataConfig(mixup=0.5))
+    for images, labels, others, share in loader.epoch():
+        whole, other = (PICTURE.normalize(split.images[rows]) for rows in (labels, others))
+        own = share[:, None, None, None]
+        torch.testing.assert_close(images, own * whole + (1 - own) * other)
+        assert sorted(others.tolist()) == sorted(labels.tolist())
+
+
+@pytest.mark.parametrize("name", ["crop_padding", "cutout"])
+def test_an_augmentation_as_large_as_the_pictures_is_one_line(name: str) -> None:
+    with pytest.raises(UserError, match=f"{name} is 8: it must be less than the pictures' 8 pixels"):
+        batches(numbered(3), 2, augment=dataclasses.replace(DataConfig(), **{name: 8}))
 
 
 def test_ranks_draw_their_own_augmentation() -> None:

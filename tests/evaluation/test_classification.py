@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from diffmoe.config import UserError
 from diffmoe.evaluation.classification import (
     Predictions,
+    averaged_accuracy,
     calibration_bins,
     calibration_error,
     classification_metrics,
@@ -236,3 +237,25 @@ class TestPickExamples:
         predictions = random_predictions()
         picks = [pick_examples(predictions, 12, seed).tolist() for seed in (0, 0, 1)]
         assert picks[0] == picks[1] != picks[2]
+
+
+class Sides(StubHead):
+    """A picture's first two pixels of its first row are the logits of two classes."""
+
+    def run(self, batch: Sequence[Tensor], **_: Any) -> ClassifierOutput:
+        return answer(batch[0].flatten(1), batch[0][:, 0, 0, :2])
+
+
+def test_accuracy_over_views_is_that_of_the_mean_probability() -> None:
+    # Mirrored, the last two pixels, from the right. Probabilities of class 0, plain and mirrored, by the logit of it:
+    rows = [
+        [3.0, 0.0, 0.0, -1.0],  # 0.95, and 0.27: mean 0.61, class 0
+        [1.0, 0.0, 0.0, -3.0],  # 0.73, and 0.05: mean 0.39, class 1
+        [-1.0, 0.0, 0.0, 0.5],  # 0.27, and 0.62: mean 0.45, class 1
+        [0.2, 0.0, 0.0, 0.1],  # 0.55, and 0.52: class 0
+    ]
+    images, labels = torch.tensor(rows).view(4, 1, 1, 4), torch.tensor([0, 1, 1, 1])
+    for size in (4, 3):
+        batches = list(zip(images.split(size), labels.split(size), strict=True))
+        assert averaged_accuracy(Sides(), batches, "none") == pytest.approx(2 / 4)
+        assert averaged_accuracy(Sides(), batches, "flip") == pytest.approx(3 / 4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from math import log
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -208,3 +209,21 @@ def test_without_descriptions_there_is_no_zero_shot_and_no_text_loss() -> None:
     assert "zero_shot_logits" not in out
     assert out["contrastive_loss"] == 0
     assert out["cross_modal_loss"] == 0
+
+
+def test_the_loss_of_a_mixed_picture_is_that_of_both_labels_by_their_shares() -> None:
+    model = make("image", tokens=None)
+    logits = torch.randn(3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    labels, others = torch.tensor([0, 1, 2]), torch.tensor([3, 1, 0])
+    share = torch.tensor([0.5, 0.75, 1.0], dtype=torch.float64)
+    # Label smoothing 0.2 over 4 classes: 0.85 on the label, 0.05 on each of the rest.
+    target = torch.full((3, 4), 0.05, dtype=torch.float64)
+    for row, (label, other, part) in enumerate(zip(labels, others, share, strict=True)):
+        target[row, label] += 0.8 * part
+        target[row, other] += 0.8 * (1 - part)
+    expected = -(target * logits.log_softmax(-1)).sum(-1).mean()
+    output: Any = SimpleNamespace(logits=logits)
+    found = model.score((torch.zeros(3, 1), labels, others, share), output, label_smoothing=0.2)
+    torch.testing.assert_close(found.loss, expected)
+    assert found.accuracy == (logits.argmax(-1) == labels).float().mean()
+    assert found.num_targets == 3

@@ -42,7 +42,8 @@ def make(task: str, device: Any = "cpu", **fields: Any) -> Contender:
 
 
 def contending(model: Head, device: Any = "cpu") -> Contender:
-    return Contender(make_fabric(RunConfig(device=device)), model, TrainingConfig())
+    run = RunConfig(device=device, precision="32-true" if device == "cpu" else "auto")  # alike on every processor
+    return Contender(make_fabric(run), model, TrainingConfig())
 
 
 def noise(contender: Contender, size: int) -> Batch:

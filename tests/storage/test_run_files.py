@@ -35,6 +35,12 @@ class TestMetrics:
         assert json.loads(files.metrics.read_text(encoding="utf-8")) == {"a": 1, "b": 3, "c": "日"}
         assert files.read_metrics() == {"a": 1, "b": 3, "c": "日"}
 
+    def test_none_takes_a_name_away(self, tmp_path):
+        files = RunFiles("digits", str(tmp_path))
+        files.update_metrics({"a": 1, "b": 0})
+        files.update_metrics({"a": None, "c": None})
+        assert json.loads(files.metrics.read_text()) == {"b": 0}
+
     def test_none_is_no_metrics(self, tmp_path):
         assert RunFiles("digits", str(tmp_path)).read_metrics() == {}
 

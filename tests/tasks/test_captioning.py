@@ -149,6 +149,27 @@ def test_models_of_the_other_task_are_refused(captioned: Any, trained: Any, cli:
     assert "for another task than digits's" in tested.err
 
 
+def test_captions_have_no_mean_over_views(captioned: Any, cli: Cli, tmp_path: Path, drawn: list[Path]) -> None:
+    where = ("--dataset", captioned.folder, "--save_dir", captioned.save_dir, "--output_dir", tmp_path / "pictures")
+    for argv in (
+        ("test", *where, *captioned.architecture, "--tta", "flip"),
+        ("predict", "--checkpoint", captioned.model, "--tta", "flip", "--text", "a red circle", drawn[0]),
+    ):
+        result = cli(*argv)
+        assert (result.code, result.out, result.err.count("\n")) == (2, "", 1)
+        assert "tta is 'flip': it averages the probabilities of classes" in result.err
+    assert not (tmp_path / "pictures").exists()
+
+
+@pytest.mark.parametrize("flag", ["mixup", "cutmix"])
+def test_captions_are_not_mixed(captioned: Any, cli: Cli, tmp_path: Path, flag: str) -> None:
+    flags = ("--save_dir", tmp_path / "save", *captioned.flags, f"--{flag}", 0.2)
+    result = cli("train", "--dataset", captioned.folder, *flags)
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert f"{flag} is 0.2" in result.err
+    assert not (tmp_path / "save").exists()
+
+
 def test_captions_need_a_fusion(captioned: Any, cli: Cli, tmp_path: Path) -> None:
     flags = ("--save_dir", tmp_path / "save", *captioned.flags, "--fusion_layers", 0)
     result = cli("train", "--dataset", captioned.folder, *flags)

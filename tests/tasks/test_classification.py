@@ -58,6 +58,15 @@ def test_validation_is_over_all_pictures_whatever_the_batches(trained: Any, digi
     assert TASK.validate(model, in_order) == pytest.approx(found)
 
 
+def test_training_pictures_are_mixed_where_the_settings_say_so(digits: Dataset, tiny_flags: list[str]) -> None:
+    for flags, size in (([], 2), (["--mixup", "0.2"], 4), (["--cutmix", "1"], 4)):
+        settings = parse_settings([*tiny_flags, *flags], mode="train")
+        loader = TASK.training_batches(settings, digits, torch.device("cpu"))
+        assert len(next(iter(loader.epoch()))) == size
+        in_order = TASK.in_order(settings.model, digits.validation, digits.picture, Runtime(torch.device("cpu")))
+        assert len(next(iter(in_order.epoch()))) == 2
+
+
 def test_examples_are_of_different_classes(digits: Dataset) -> None:
     for count, expected in ((10, 10), (4, 4), (99, 10), (1, 1)):
         rows = TASK.examples(digits.test, count)

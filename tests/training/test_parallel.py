@@ -49,7 +49,18 @@ class TestDevices:
 
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
         assert best_precision(torch.device("cuda")) == precision
-        assert best_precision(torch.device("cpu")) == best_precision(torch.device("mps")) == "32-true"
+
+    @pytest.mark.parametrize(("has_amx", "precision"), [(True, "bf16-mixed"), (False, "32-true")])
+    def test_a_processor_computes_in_bfloat16_where_it_has_amx(
+        self, monkeypatch: pytest.MonkeyPatch, has_amx: bool, precision: str
+    ) -> None:
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
+        assert best_precision(torch.device("cpu")) == precision
+        assert best_precision(torch.device("mps")) == "32-true"
+        fabric = make_fabric(RunConfig(device="cpu"))
+        assert fabric.strategy.precision.precision == precision
+        asked = make_fabric(RunConfig(device="cpu", precision="32-true"))
+        assert asked.strategy.precision.precision == "32-true"
 
     def test_one_rank_has_nobody_to_ask(self) -> None:
         fabric = make_fabric(RunConfig(device="cpu"))
@@ -76,6 +87,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory, tiny_flags: list[str]) -> Bo
     """`two_ranks.py`, run by two processes."""
     folder = tmp_path_factory.mktemp("ranks")
     flags = [*tiny_flags, "--epochs", "2", "--accumulation_steps", "2", "--patience", "1", "--lr", "0.003"]
+    flags += ["--patch_embed", "whitened", "--optimizer", "muon", "--ema_decay", "0.9"]
     script = [sys.executable, str(REPO / "tests" / "training" / "two_ranks.py"), str(folder), *flags]
     path = os.pathsep.join([str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}

@@ -17,13 +17,22 @@ def main(argv: Sequence[str]) -> int:
     parser = model_parser("predict", "Classify pictures.", images="+")
     parser.add_argument("--top", type=int, default=5, help="classes to show for each picture (default: 5)")
     parser.add_argument("--text", help="what is said of the pictures, to be weighed with them")
+    parser.add_argument(
+        "--tta",
+        choices=("none", "flip", "flip_shift"),
+        default="none",
+        help="average over each picture and its mirror, and with flip_shift over both shifted by a pixel too",
+    )
     args = parser.parse(argv)
     if args.top < 1:
         raise UserError(f"top is {args.top}: it must be at least 1")
-    return show(predict(args.images, args.checkpoint, args.top, args.device, args.text), args.json, print_predictions)
+    rows = predict(args.images, args.checkpoint, args.top, args.device, args.text, args.tta)
+    return show(rows, args.json, print_predictions)
 
 
-def predict(images: Sequence[str], checkpoint: str, top: int, device: str, text: str | None = None) -> list[Row]:
+def predict(
+    images: Sequence[str], checkpoint: str, top: int, device: str, text: str | None = None, tta: str = "none"
+) -> list[Row]:
     """A row a picture: `predictions` where the model has classes, and what `Predictor.compare` says of `text`."""
     from diffmoe.inference import Predictor
 
@@ -32,7 +41,9 @@ def predict(images: Sequence[str], checkpoint: str, top: int, device: str, text:
     rows: list[Row] = [{} for _ in images]
     if text is None and not used.has_classes:
         raise UserError(f"{checkpoint} has no classes: diffmoe caption writes captions; predict needs --text with it")
-    found = [used.classify(pictures, top)] if used.has_classes else []
+    if tta != "none" and not used.has_classes:
+        raise UserError(f"tta is {tta!r}: it averages the probabilities of classes, and {checkpoint} has none")
+    found = [used.classify(pictures, top, tta)] if used.has_classes else []
     found += [] if text is None else [used.compare(pictures, text, top)]
     for of_all in found:
         rows = [{**row, **more} for row, more in zip(rows, of_all, strict=True)]

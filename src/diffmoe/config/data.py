@@ -40,11 +40,22 @@ class DataConfig:
     """Augmentation: random crop after reflecting this many pixels at each edge; 0 is off."""
     flip: bool = False
     """Augmentation: mirror half of the pictures left to right."""
+    alternate_flip: bool = False
+    """Augmentation: mirror each picture in every other epoch, half of them first (Jordan 2024), in the place of flip,
+    which leaves it to chance."""
     erase: float = 0.0
     """Augmentation: probability that a random rectangle of a picture is blanked."""
     set_mixing: Literal["proportional", "equal"] = "proportional"
     """Of several sets: as many pictures of each as it has, or ('equal') the smaller ones repeated until all have as
     many in an epoch, give or take half of a set."""
+    cutout: int = 0
+    """Augmentation: blank a square of so many pixels a side in every picture; 0 is off."""
+    mixup: float = 0.0
+    """Augmentation: average each picture, and its label, with another one, in shares drawn from Beta(mixup, mixup); 0
+    is off. For classes only."""
+    cutmix: float = 0.0
+    """Augmentation: put a rectangle of another picture into each, its area drawn from Beta(cutmix, cutmix); 0 is off.
+    For classes only."""
     max_memory_gb: float = 4.0
     """A set larger than this, as uint8, is read in worker processes instead of being held in memory."""
     num_workers: int = 2
@@ -56,7 +67,14 @@ class DataConfig:
         check_fraction(self, "val_fraction", "test_fraction", "erase")
         check(self.val_fraction > 0, "val_fraction", self.val_fraction, "over 0")
         check(self.test_fraction > 0, "test_fraction", self.test_fraction, "over 0")
-        check_at_least(self, 0, "crop_padding", "max_memory_gb", "num_workers", "split_seed")
+        check_at_least(
+            self, 0, "crop_padding", "cutout", "mixup", "cutmix", "max_memory_gb", "num_workers", "split_seed"
+        )
+
+    @property
+    def mixes(self) -> bool:
+        """Whether training pictures have a part of another one."""
+        return self.mixup > 0 or self.cutmix > 0
 
     @property
     def sets(self) -> tuple[DataConfig, ...]:

@@ -10,7 +10,7 @@ from diffmoe.config.errors import MAX_SEED, check, check_at_least, check_fractio
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """The training loop: AdamW, warm-up, cosine."""
+    """The training loop: AdamW or Muon, warm-up, cosine."""
 
     epochs: int = 10
     """Passes over the training split."""
@@ -18,16 +18,28 @@ class TrainingConfig:
     """Pictures of one forward pass, over all devices."""
     accumulation_steps: int = 1
     """Batches whose gradients are averaged before one optimizer step."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """'muon' moves the layers' weights by orthogonalised momentum (Jordan et al. 2024), which learns in fewer epochs,
+    and leaves embeddings, heads, norms and biases to AdamW."""
     lr: float = 0.0005
-    """Peak learning rate."""
+    """Peak learning rate of AdamW."""
+    muon_lr: float = 0.02
+    """Peak learning rate of Muon."""
+    expert_lr_scale: float = 1.0
+    """Learning rate of the routed experts, over that of the rest."""
     weight_decay: float = 0.01
-    """AdamW's weight decay; norms, biases and embeddings get none."""
+    """Weight decay of matrices; norms, biases and embeddings get none."""
     warmup_fraction: float = 0.05
     """Share of the steps in which the learning rate rises to its peak."""
     final_lr_fraction: float = 0.01
     """Learning rate at the end of the cosine, over the peak."""
     clip_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 is off."""
+    ema_decay: float = 0.0
+    """Validate and keep a moving average of the weights, of which so much stays with each step, as 0.999; 0 is off."""
+    start_size: float = 1.0
+    """Size of the pictures in the first half of training, over img_size, to the nearest whole number of patches; 1 is
+    off."""
     label_smoothing: float = 0.1
     """Probability mass spread evenly over the classes in the targets."""
     patience: int = 0
@@ -41,8 +53,10 @@ class TrainingConfig:
         check_limits(self, seed=MAX_SEED, lr=1e30)
         check_at_least(self, 1, "epochs", "batch_size", "accumulation_steps")
         check_at_least(self, 0, "weight_decay", "clip_norm", "patience", "seed")
-        check(self.lr > 0, "lr", self.lr, "over 0")
-        check_fraction(self, "warmup_fraction", "label_smoothing")
+        for name in ("lr", "muon_lr", "expert_lr_scale"):
+            check(getattr(self, name) > 0, name, getattr(self, name), "over 0")
+        check_fraction(self, "warmup_fraction", "ema_decay", "label_smoothing")
+        check(0 < self.start_size <= 1, "start_size", self.start_size, "over 0 and at most 1")
         check(0 <= self.final_lr_fraction <= 1, "final_lr_fraction", self.final_lr_fraction, "from 0 to 1")
 
 
@@ -66,7 +80,10 @@ class RunConfig:
     strategy: Literal["auto", "ddp"] = "auto"
     """How several devices share the work; 'auto' is ddp where there are several."""
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
-    """Number format; 'auto' is bf16-mixed on a GPU that has it, else 32-true."""
+    """Number format; 'auto' is bf16-mixed on a GPU or processor (AMX) that has it in hardware, else 32-true."""
+    tta: Literal["none", "flip", "flip_shift"] = "none"
+    """Test-time augmentation, beside the accuracy without: probabilities are averaged over each picture and its mirror,
+    and with 'flip_shift' over both shifted by a pixel too. Not where left and right matter, as with digits."""
     resume: bool = False
     """Go on from <save_dir>/<dataset>/last.ckpt."""
     overwrite: bool = False

@@ -14,7 +14,7 @@ import torch
 from torch import Generator, Tensor
 
 from diffmoe.config import DataConfig, UserError
-from diffmoe.data.augmentation import crop_and_flip, erase
+from diffmoe.data.augmentation import crop_and_flip, cutout, erase, is_mirrored, mix
 from diffmoe.data.pictures import LazyImages, PictureSpec
 from diffmoe.data.splits import PictureSplit, Split
 
@@ -28,6 +28,22 @@ class Batch(NamedTuple):
     """int64 (B,)."""
 
 
+class MixedBatch(NamedTuple):
+    """Pictures with a part of another one of the batch, and what both show."""
+
+    images: Tensor
+    """float32 (B, C, H, W), normalised."""
+    labels: Tensor
+    """int64 (B,), of each picture itself."""
+    other_labels: Tensor
+    """int64 (B,), of the other one."""
+    share: Tensor
+    """float32 (B,), how much of it is itself, from 0.5 to 1."""
+
+
+MIXING = 1
+"""The last part of the key of what is drawn for mixing a batch."""
+
 S = TypeVar("S", bound=PictureSplit)
 
 
@@ -37,7 +53,7 @@ class PictureBatches(ABC, Generic[S]):
     `batch_size` is over all ranks: each takes its share of every batch. With `shuffle` (training) all ranks have
     equally many batches, the last one filled up from the epoch's first pictures until it divides; without it
     (evaluation) every picture comes exactly once, in the split's order, and a rank may have one batch less.
-    `augment`: training's `crop_padding`, `flip` and `erase`; None does nothing.
+    `augment`: what it says of augmentation is done to the pictures; None does nothing.
     """
 
     def __init__(
@@ -61,6 +77,8 @@ class PictureBatches(ABC, Generic[S]):
         size = split.images.shape[-1]
         if augment is not None and augment.crop_padding >= size:
             raise UserError(f"crop_padding is {augment.crop_padding}: it must be less than the pictures' {size} pixels")
+        if augment is not None and augment.cutout >= size:
+            raise UserError(f"cutout is {augment.cutout}: it must be less than the pictures' {size} pixels")
         self.split, self.batch_size, self.device = split, batch_size, torch.device(device)
         self.picture = picture
         self.shuffle, self.seed, self.augment = shuffle, seed, augment
@@ -81,7 +99,7 @@ class PictureBatches(ABC, Generic[S]):
             order = torch.randperm(len(self.split), generator=seeded_generator(self.seed, epoch))
         shares = self._shares(order)[start:]
         for number, (images, share) in enumerate(zip(self._fetch(shares), shares, strict=True), start):
-            yield self._prepare(images, epoch, number), share
+            yield self._prepare(images, share, epoch, number), share
 
     def _shares(self, order: Tensor) -> list[Tensor]:
         """The indices that this rank has of each batch."""
@@ -102,15 +120,17 @@ class PictureBatches(ABC, Generic[S]):
         else:
             yield from (images[share] for share in shares)
 
-    def _prepare(self, images: Tensor, epoch: int, number: int) -> Tensor:
+    def _prepare(self, images: Tensor, rows: Tensor, epoch: int, number: int) -> Tensor:
         images = images.to(self.device, non_blocking=True)
         if self.augment is None:
             return self.picture.normalize(images)
         generator = seeded_generator(self.seed, epoch, number + 1, self.rank)  # from 1: 0 would be the key of the order
-        if self.augment.crop_padding or self.augment.flip:
-            images = crop_and_flip(images, self.augment, generator)
+        if self.augment.crop_padding or self.augment.flip or self.augment.alternate_flip:
+            images = crop_and_flip(images, self.augment, generator, is_mirrored(rows, epoch))
         images = self.picture.normalize(images)
-        return erase(images, self.augment.erase, generator) if self.augment.erase else images
+        if self.augment.erase:
+            images = erase(images, self.augment.erase, generator)
+        return cutout(images, self.augment.cutout, generator) if self.augment.cutout else images
 
 
 class Batches(PictureBatches[Split]):
@@ -120,6 +140,20 @@ class Batches(PictureBatches[Split]):
         """The batches of `epoch` from number `start` on, bit-equal to those of the whole epoch."""
         for images, share in self.pictures(epoch, start):
             yield Batch(images, self.split.labels[share].to(self.device, non_blocking=True))
+
+
+class MixedBatches(PictureBatches[Split]):
+    """Likewise, of pictures that are mixed within each batch as `augment` says."""
+
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[MixedBatch]:
+        """The batches of `epoch` from number `start` on, bit-equal to those of the whole epoch."""
+        assert self.augment is not None
+        for number, (images, rows) in enumerate(self.pictures(epoch, start), start):
+            generator = seeded_generator(self.seed, epoch, number + 1, self.rank, MIXING)
+            mixed, other, share = mix(images, self.augment, generator)
+            labels = (self.split.labels[rows], self.split.labels[rows[other]])
+            own, others, share = (tensor.to(self.device, non_blocking=True) for tensor in (*labels, share))
+            yield MixedBatch(mixed, own, others, share)
 
 
 def seeded_generator(*key: int) -> Generator:

@@ -5,7 +5,7 @@ Shapes: N pictures, B pictures of one batch, C classes, S bins of confidence.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffmoe.evaluation.passes import Autocast, Kept, finite_or_told, run_over
+from diffmoe.evaluation.views import views
 from diffmoe.model.heads import Head
 from diffmoe.model.outputs import ClassifierOutput
 
@@ -72,6 +73,27 @@ def predict(model: Head, batches: Iterable[Sequence[Tensor]], autocast: Autocast
     kept = Kept(take_predictions)
     run_over(model, batches, kept.add, autocast=autocast)
     return as_predictions(kept)
+
+
+def averaged_accuracy(
+    model: Head, batches: Iterable[Sequence[Tensor]], tta: str, autocast: Autocast = nullcontext
+) -> float:
+    """Accuracy of the mean of the probabilities over all `views` of each picture, 0 to 1; batches as in `predict`."""
+    kept = Kept(lambda batch, output: (output.logits.float().softmax(-1),))
+    labels: list[Tensor] = []
+    counts: list[int] = []
+
+    def viewed() -> Iterator[tuple[Tensor, Tensor]]:
+        for images, of_images in batches:
+            of_batch = list(views(images, tta))
+            labels.append(of_images.cpu())
+            counts.append(len(of_batch))
+            yield from ((view, of_images) for view in of_batch)
+
+    run_over(model, viewed(), kept.add, autocast=autocast)
+    taken = iter(kept.taken)
+    predicted = [torch.stack([next(taken)[0] for _ in range(count)]).sum(0).argmax(-1) for count in counts]
+    return (torch.cat(predicted) == torch.cat(labels)).float().mean().item()
 
 
 def classification_metrics(

@@ -140,9 +140,20 @@ class ImageClassifier(Head):
         return len(batch[0])
 
     def score(self, batch: Sequence[Tensor], output: ClassifierOutput, label_smoothing: float = 0.0) -> Score:
-        """As `Head` says; `label_smoothing` is the mass spread evenly over the classes."""
+        """As `Head` says; `label_smoothing` is the mass spread evenly over the classes.
+
+        Of pictures that were mixed, `data.batches.MixedBatch`, both labels are to be told, each by its share.
+        """
         labels = batch[1]
-        loss = F.cross_entropy(output.logits, labels, label_smoothing=label_smoothing)
+        if len(batch) == 2:
+            loss = F.cross_entropy(output.logits, labels, label_smoothing=label_smoothing)
+        else:  # mixed pictures: the labels of the other ones too, and how much each picture has of itself
+            _, _, others, share = batch
+            own, other = (
+                F.cross_entropy(output.logits, of, label_smoothing=label_smoothing, reduction="none")
+                for of in (labels, others)
+            )
+            loss = torch.lerp(other, own, share.to(own)).mean()  # Fabric rounds what it hands a model
         return Score(loss, (output.logits.argmax(-1) == labels).float().mean(), len(labels))
 
     def class_features(self) -> TextFeatures | None:

@@ -113,10 +113,11 @@ class RunFiles:
         write_atomically(self.config, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
 
     def update_metrics(self, values: Mapping[str, Any]) -> None:
-        """Merge into `metrics.json`, keeping what else is there."""
+        """Merge into `metrics.json`, keeping what else is there; a value of None takes its name away."""
         # Metrics are of float32: digits past the sixth are noise.
         rounded = json.loads(json.dumps(values), parse_float=lambda digits: round(float(digits), 6))
-        text = as_json({**self.read_metrics(), **rounded}, indent=2)
+        merged = {name: value for name, value in {**self.read_metrics(), **rounded}.items() if value is not None}
+        text = as_json(merged, indent=2)
         write_atomically(self.metrics, lambda path: path.write_text(text, "utf-8"))
 
     def read_metrics(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from diffmoe.config import VOCAB_SIZE, GenerationConfig, ModelConfig, UserError
+from diffmoe.config import VOCAB_SIZE, GenerationConfig, ModelConfig, RunConfig, UserError
 from diffmoe.config.settings import Settings
 from diffmoe.data.batches import PictureBatches
 from diffmoe.data.loading import Dataset
@@ -124,9 +124,11 @@ class Task(ABC):
     def report_lines(self, metrics: Mapping[str, Any], data: Dataset) -> list[str]:
         """A test's metrics as lines for the terminal."""
 
-    def check_outputs(self, folder: Path, overwrite: bool) -> None:
-        """Before work begins: raises `UserError` where `test` would write over a file of the user's in `folder`."""
-        del folder, overwrite
+    def check_test(self, run: RunConfig, folder: Path) -> None:
+        """Before work begins: raises `UserError` where `test` cannot do what it is told, or would write over a file of
+        the user's in `folder`.
+        """
+        del run, folder
 
     def check_data(self, model_classes: tuple[str, ...], data: Dataset, path: str) -> None:
         """Raises `UserError` where the data is not of the kind that the model in `path` was trained on."""

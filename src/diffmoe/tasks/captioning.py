@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from diffmoe.config import VOCAB_SIZE, GenerationConfig, ModelConfig, UserError
+from diffmoe.config import VOCAB_SIZE, GenerationConfig, ModelConfig, RunConfig, UserError
 from diffmoe.config.settings import Settings
 from diffmoe.data import shapes
 from diffmoe.data.batches import PictureBatches
@@ -58,6 +58,9 @@ class Captioning(Task):
         """The text must read the picture, and must not see its own future."""
         super().check(settings)
         config = settings.model
+        for name in ("mixup", "cutmix"):
+            if (value := getattr(settings.data, name)) > 0:
+                raise UserError(f"{name} is {value}: it mixes the labels of pictures, and captions cannot be mixed")
         if config.fusion_layers < 1:
             raise UserError("fusion_layers is 0: captions need at least 1, in which the text reads the picture")
         if not (config.dense or router_kind(config.router).causal):
@@ -128,9 +131,11 @@ class Captioning(Task):
 
         return [f"  {name:34}{value:>8}" for name, value in caption_scores(metrics).values()]
 
-    def check_outputs(self, folder: Path, overwrite: bool) -> None:
-        """`captions.json`."""
-        check_captions_file(folder / FILE, overwrite)
+    def check_test(self, run: RunConfig, folder: Path) -> None:
+        """A caption has no mean over views; and `captions.json`."""
+        if run.tta != "none":
+            raise UserError(f"tta is {run.tta!r}: it averages the probabilities of classes; with captions it is 'none'")
+        check_captions_file(folder / FILE, run.overwrite)
 
     def classify(self, model: Captioner, pictures: Tensor, classes: TextFeatures | None) -> Tensor:
         """It cannot."""

@@ -10,15 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffmoe.config import GenerationConfig, ModelConfig, UserError
+from diffmoe.config import DataConfig, GenerationConfig, ModelConfig, UserError
 from diffmoe.config.settings import Settings
-from diffmoe.data.batches import Batches, PictureBatches
+from diffmoe.data.batches import Batches, MixedBatches, PictureBatches
 from diffmoe.data.descriptions import class_descriptions
 from diffmoe.data.loading import Dataset, Part
 from diffmoe.data.pictures import PictureSpec
 from diffmoe.data.splits import Split
 from diffmoe.data.text import tokenize
-from diffmoe.evaluation.classification import Predictions, classification_metrics, pick_examples, predict
+from diffmoe.evaluation.classification import (
+    Predictions,
+    averaged_accuracy,
+    classification_metrics,
+    pick_examples,
+    predict,
+)
 from diffmoe.evaluation.passes import Autocast, Scores, run_over
 from diffmoe.model.heads import ImageClassifier
 from diffmoe.model.outputs import TextFeatures
@@ -63,9 +69,11 @@ class Classification(Task):
 
     def batches(
         self, model: ModelConfig, split: Split, picture: PictureSpec, batch_size: int, **options: Any
-    ) -> Batches:
-        """Pictures and labels."""
-        return Batches(split, batch_size, picture=picture, **options)
+    ) -> Batches | MixedBatches:
+        """Pictures and labels; mixed, with both labels, where the augmentation says so."""
+        augment: DataConfig | None = options.get("augment")
+        kind = MixedBatches if augment is not None and augment.mixes else Batches
+        return kind(split, batch_size, picture=picture, **options)
 
     def validate(self, model: Any, batches: PictureBatches[Split], autocast: Autocast = nullcontext) -> Metrics:
         scores = Scores(model)
@@ -73,7 +81,7 @@ class Classification(Task):
         return {"val_loss": scores.loss, "val_accuracy": scores.accuracy}
 
     def test(self, model: Any, data: Dataset, runtime: Runtime, settings: Settings) -> Tested:
-        """Accuracy, confusion, calibration."""
+        """Accuracy, confusion, calibration; with tta also the accuracy that it gives."""
         from diffmoe.visualization import figures
 
         batches = self.in_order(model.config, data.test, data.picture, runtime)
@@ -92,12 +100,16 @@ class Classification(Task):
             ),
         }
         named = {name if name == "zero_shot_accuracy" else f"test_{name}": value for name, value in found.items()}
+        tta, averaged = settings.run.tta, None  # None takes an earlier test's figure away
+        if tta != "none":
+            averaged = averaged_accuracy(model, batches.epoch(), tta, runtime.autocast)
         by_set = _by_set(data, predictions)
-        return Tested({**named, **by_set, "class_names": list(names)}, drawn)
+        return Tested({**named, **by_set, "test_accuracy_tta": averaged, "class_names": list(names)}, drawn)
 
     def report_lines(self, metrics: Mapping[str, Any], data: Dataset) -> list[str]:
         shown = {
             "test_accuracy": "accuracy",
+            "test_accuracy_tta": "accuracy, mean over the views",
             "test_top5_accuracy": "top-5 accuracy",
             "zero_shot_accuracy": "zero-shot accuracy, by descriptions",
             "test_ece": "calibration error",
@@ -105,7 +117,7 @@ class Classification(Task):
         if len(data.class_names) <= 5:
             del shown["test_top5_accuracy"]  # it is always 100%
         shown |= {f"test_accuracy_{part.name}": f"accuracy on {part.name}" for part in data.parts}
-        lines = [f"  {label:36}{metrics[name]:7.2%}" for name, label in shown.items() if name in metrics]
+        lines = [f"  {label:36}{metrics[name]:7.2%}" for name, label in shown.items() if metrics.get(name) is not None]
         width = max(len(name) for name in data.class_names)
         lines.append(f"  {'class':{width}}  precision  recall")
         for name, precision, recall in zip(

@@ -25,6 +25,7 @@ from diffmoe.training.display import Display, as_clock, as_figure
 from diffmoe.training.objective import Sums, Trainee, means
 from diffmoe.training.optimizer import learning_rate
 from diffmoe.training.parallel import any_of, total
+from diffmoe.training.sizes import picture_size, resized
 
 LONG_STEP = 5.0
 """Seconds of which what a first step alone needs is a small part."""
@@ -129,8 +130,9 @@ def fit(trainee: Trainee, train: PictureBatches[Any], hooks: Hooks, progress: Pr
                 clock.start()
                 while window := list(itertools.islice(batches, config.accumulation_steps)):
                     rate = learning_rate(progress.step, total_steps, config)
+                    size = picture_size(progress.step, total_steps, config, trainee.model.config)
                     try:
-                        sums = trainee.step(window, rate)
+                        sums = trainee.step([resized(batch, size) for batch in window], rate)
                     except FloatingPointError as error:  # the router met what is not a number
                         raise _diverged(math.nan, progress.step) from error
                     progress.add(sums, fabric.world_size)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from diffmoe.config import TrainingConfig
 from diffmoe.model.heads import Head
+from diffmoe.training.averages import Averages
 from diffmoe.training.optimizer import make_optimizer
 from diffmoe.training.parallel import total
 
@@ -73,6 +74,12 @@ class Trainee:
         compiled = cast(nn.Module, torch.compile(objective)) if config.compile else objective
         self.objective, self.optimizer = fabric.setup(compiled, make_optimizer(model, config))
         self.routers = model.backbone.routers() if model.config.balance_bias_rate > 0 else {}
+        self.averages = Averages(model, config.ema_decay) if config.ema_decay > 0 else None
+
+    @property
+    def evaluated(self) -> Head:
+        """The model that is validated and kept: with averaged weights, where there are any."""
+        return self.model if self.averages is None else self.averages.model
 
     def step(self, window: Sequence[Sequence[Tensor]], rate: float) -> Sums:
         """One optimizer step on a window of batches, as on one batch of them all, ragged or not.
@@ -85,7 +92,7 @@ class Trainee:
         """
         fabric = self.fabric
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("scale", 1.0)
         pictures = [len(batch[0]) for batch in window]
         targets = torch.stack([torch.as_tensor(self.model.num_targets(batch)) for batch in window]).float()
         sums: Sums = {"pictures": torch.tensor(float(sum(pictures))), "targets": targets.sum()}
@@ -107,6 +114,8 @@ class Trainee:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._balance(loads)
+        if self.averages is not None:
+            self.averages.update(self.model)
         return sums
 
     def _balance(self, loads: dict[str, Tensor]) -> None:

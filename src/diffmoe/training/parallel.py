@@ -14,7 +14,7 @@ from lightning_fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 
 from diffmoe.config import RunConfig, UserError
-from diffmoe.hardware import pick_device
+from diffmoe.hardware import has_bfloat16, pick_device
 
 OBSERVER = "lightning_fabric.strategies.launchers.subprocess_script"
 TRIAL_PROCESSES = 8
@@ -30,17 +30,17 @@ def make_fabric(run: RunConfig) -> Fabric:
     if run.num_devices > num_present:
         raise UserError(f"num_devices is {run.num_devices}: this machine has {num_present}")
     precision = run.precision if run.precision != "auto" else best_precision(device)
-    fabric = Fabric(accelerator=device.type, devices=run.num_devices, strategy=run.strategy, precision=precision)
+    # Before it is made: it would tell the number format, which the run tells itself.
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     logging.getLogger(OBSERVER).setLevel(logging.INFO)  # it says so before it ends a run whose process was lost
+    fabric = Fabric(accelerator=device.type, devices=run.num_devices, strategy=run.strategy, precision=precision)
     fabric.launch()
     return fabric
 
 
 def best_precision(device: torch.device) -> Literal["bf16-mixed", "32-true"]:
-    """bf16-mixed on a GPU that computes in bfloat16 itself, and does not only emulate it; else 32-true."""
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16-mixed" if has_bf16 else "32-true"
+    """bf16-mixed where bfloat16 is fast: on most GPUs, on a processor with AMX; else 32-true."""
+    return "bf16-mixed" if has_bfloat16(device) else "32-true"
 
 
 Result = TypeVar("Result")

@@ -38,28 +38,32 @@ class Saver:
 
     def save(self, progress: Progress) -> None:
         """Every rank must call it. The model comes first: a `last.ckpt` that is ahead would never write it again."""
-        fabric, model = self.trainee.fabric, self.trainee.model
-        state = whole_state(fabric, model)
+        trainee, fabric = self.trainee, self.trainee.fabric
+        kept = whole_state(fabric, trainee.model)
+        weights: dict[str, Any] = {"model": dict(kept)}
+        if trainee.averages is not None:
+            kept = whole_state(fabric, trainee.averages.model)
+            weights["averages"] = trainee.averages.state(kept)
         place = self.files.replacing() if self.is_first and fabric.is_global_zero else nullcontext(self.files)
         with place as files:
             best = files.model if progress.is_best and fabric.is_global_zero else None
             # Where the disk is full all end, with the first one's line.
-            together(fabric, lambda: best and save_model(best, model, self.info, state))
+            together(fabric, lambda: best and save_model(best, trainee.evaluated, self.info, kept))
             if self.is_first and fabric.is_global_zero:
                 files.write_config(self.config)
-            save_run(files.last, self.trainee, progress, self.shared, state)
+            save_run(files.last, trainee, progress, self.shared, weights)
         self.is_first = False
 
 
 def save_run(
-    path: Path, trainee: Trainee, progress: Progress, shared: Mapping[str, Any], state: Mapping[str, torch.Tensor]
+    path: Path, trainee: Trainee, progress: Progress, shared: Mapping[str, Any], weights: Mapping[str, Any]
 ) -> None:
-    """Write `last.ckpt`; every rank must call it. `state` is the whole model's."""
+    """Write `last.ckpt`; every rank must call it. `weights` has the whole `model`'s state, and `averages` if any."""
     fabric = trainee.fabric
     states = {
         "format": RUN_FORMAT,
         "shared": dict(shared),
-        "model": dict(state),
+        **weights,
         "optimizer": trainee.optimizer.state_dict(),
         "progress": dict(vars(progress)),
         "rng": fabric.all_gather(_rng_state(fabric)),
@@ -94,6 +98,9 @@ def _put_back(path: Path, states: dict[str, Any], trainee: Trainee, shared: Mapp
     fabric = trainee.fabric
     trainee.model.load_state_dict(states["model"])
     check_finite(path, states["model"])
+    if trainee.averages is not None:
+        trainee.averages.load_state(states["averages"])
+        check_finite(path, states["averages"]["model"])
     trainee.optimizer.load_state_dict(states["optimizer"])
     rng = states["rng"].view(-1, states["rng"].shape[-1])
     if len(rng) != fabric.world_size:

@@ -23,7 +23,7 @@ from diffmoe.config.settings import Settings, parse_settings
 from diffmoe.data.loading import Dataset, load_dataset
 from diffmoe.data.pictures import PictureSpec
 from diffmoe.evaluation.experts import trace_experts
-from diffmoe.evaluation.history import routing_metrics
+from diffmoe.evaluation.history import first_experts, flutter, routing_metrics
 from diffmoe.files import check_outside_data, check_writable, write_atomically
 from diffmoe.hardware import pick_device, tuned
 from diffmoe.model.heads import Head
@@ -109,7 +109,9 @@ def train_run(settings: Settings, tell: Tell = print) -> dict[str, Any] | None:
 
         def save(progress: Progress) -> None:
             if progress.window == 0:  # an epoch ends: where the experts' load is by now, on the same batch each time
-                progress.history[-1] |= routing_metrics(epochs.see(trace_experts(model, [sample], fabric.autocast)))
+                blocks = epochs.see(trace_experts(model, [sample], fabric.autocast))
+                before, progress.first_experts = progress.first_experts, first_experts(blocks)
+                progress.history[-1] |= routing_metrics(blocks) | flutter(before, progress.first_experts)
             saver.save(progress)
 
         hooks = Hooks(validate, save, epochs.write, lambda seconds: _warn_if_slow(fabric, settings, seconds, told))

@@ -18,6 +18,9 @@ VOCAB_SIZE = 49408
 class ModelConfig:
     """The model. The defaults are the preset `base`."""
 
+    architecture: Literal["moe", "cnn", "timm"] = "moe"
+    """What the model is: 'moe', the one that all of this is about; or a baseline beside it, which tells classes from
+    the picture alone: 'cnn', patch_embed and a third stage of convolutions; 'timm', timm's VisionTransformer."""
     img_size: int = 28
     """Height and width of the pictures, in pixels."""
     patch_size: int = 4
@@ -140,6 +143,9 @@ class ModelConfig:
             self.img_size,
             f"a multiple of patch_size ({self.patch_size})",
         )
+        if self.architecture != "moe":
+            check(self.dense, "dense", self.dense, f"true with architecture {self.architecture!r}")
+            check(self.classify_with == "image", "classify_with", self.classify_with, "'image' with a baseline")
         if self.patch_embed == "conv":
             power_of_two = self.patch_size & (self.patch_size - 1) == 0
             check(power_of_two, "patch_size", self.patch_size, "a power of two with patch_embed 'conv'")

@@ -30,6 +30,10 @@ class TrainingConfig:
     """Gradients are scaled down to this norm; 0 is off."""
     label_smoothing: float = 0.1
     """Probability mass spread evenly over the classes in the targets."""
+    max_seconds: float = 0.0
+    """Stop after this much training time, validation apart, if `epochs` is not over before; the learning rate follows
+    whichever of the two is nearer its end. What is learned then depends on the machine's speed, and no run is repeated
+    bit for bit. 0 is off."""
     patience: int = 0
     """Stop after this many epochs without a better validation accuracy; 0 is off."""
     seed: int = 0
@@ -39,7 +43,8 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "epochs", "batch_size", "accumulation_steps")
-        check_at_least(self, 0, "weight_decay", "clip_norm", "patience", "seed")
+        check_at_least(self, 0, "weight_decay", "clip_norm", "patience", "seed", "max_seconds")
+        check(self.max_seconds < float("inf"), "max_seconds", self.max_seconds, "finite")
         check_at_most(self, MAX_SEED, "seed", "batch_size")
         check(0 < self.lr < float("inf"), "lr", self.lr, "over 0 and finite")
         check_fraction(self, "warmup_fraction", "label_smoothing")

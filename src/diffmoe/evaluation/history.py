@@ -25,6 +25,23 @@ def routing_metrics(blocks: Iterable[BlockRouting]) -> dict[str, float]:
     return metrics
 
 
+def first_experts(blocks: Iterable[BlockRouting]) -> dict[str, Tensor]:
+    """Of each block, by `<place>_<layer>`, the first expert of each token: int16 (N, T), -1 at padding."""
+    return {f"{block.place}_{block.layer}": block.expert_ids[..., 0].clone() for block in blocks}
+
+
+def flutter(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> dict[str, float]:
+    """A block's `flutter/<place>_<layer>`: the share of a sample's tokens whose first expert is another one by now.
+
+    Of the same sample, as `first_experts` has it; a block that was not looked at before has none.
+    """
+    metrics: dict[str, float] = {}
+    for name in before.keys() & now.keys():
+        real = now[name] >= 0
+        metrics[f"flutter/{name}"] = (before[name] != now[name])[real].double().mean().item()
+    return dict(sorted(metrics.items()))
+
+
 def load_history(history: Iterable[Mapping[str, float]]) -> dict[tuple[str, int], tuple[list[float], Tensor]]:
     """Back from a history with `routing_metrics`: of each block (place, layer), its epochs and their loads (epochs, E).
 

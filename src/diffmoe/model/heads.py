@@ -73,7 +73,21 @@ class Head(nn.Module, ABC):
         """Cross-entropy and accuracy of what `run` made of the batch."""
 
 
-class ImageClassifier(Head):
+class Classifier(Head):
+    """A head that tells classes apart: its batches are pictures (B, C, H, W) and their labels (B,) int64."""
+
+    def num_targets(self, batch: Sequence[Tensor]) -> int:
+        """A picture is one."""
+        return len(batch[0])
+
+    def score(self, batch: Sequence[Tensor], output: ClassifierOutput, label_smoothing: float = 0.0) -> Score:
+        """As `Head` says; `label_smoothing` is the mass spread evenly over the classes."""
+        labels = batch[1]
+        loss = F.cross_entropy(output.logits, labels, label_smoothing=label_smoothing)
+        return Score(loss, (output.logits.argmax(-1) == labels).float().mean(), len(labels))
+
+
+class ImageClassifier(Classifier):
     """Picture classifier: a linear head on the embedding, beside a zero-shot head that compares with descriptions.
 
     The class is read from the picture alone, or (`classify_with: descriptions`) from the picture fused with the
@@ -129,16 +143,6 @@ class ImageClassifier(Head):
         """Pictures (B, C, H, W) and, for the losses, their labels (B,) int64."""
         labels = batch[1] if need_losses else None
         return self.classify(batch[0], labels=labels, need_weights=need_weights, need_losses=need_losses, **constants)
-
-    def num_targets(self, batch: Sequence[Tensor]) -> int:
-        """A picture is one."""
-        return len(batch[0])
-
-    def score(self, batch: Sequence[Tensor], output: ClassifierOutput, label_smoothing: float = 0.0) -> Score:
-        """As `Head` says; `label_smoothing` is the mass spread evenly over the classes."""
-        labels = batch[1]
-        loss = F.cross_entropy(output.logits, labels, label_smoothing=label_smoothing)
-        return Score(loss, (output.logits.argmax(-1) == labels).float().mean(), len(labels))
 
     def class_features(self) -> TextFeatures | None:
         """The classes through the text tower: in training one sentence a class, drawn anew; else the mean of all S.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffmoe.baselines import Baseline
 from diffmoe.config import GenerationConfig, ModelConfig, UserError
 from diffmoe.config.settings import Settings
 from diffmoe.data.batches import Batches, PictureBatches
@@ -20,7 +21,7 @@ from diffmoe.data.splits import Split
 from diffmoe.data.text import tokenize
 from diffmoe.evaluation.classification import classification_metrics, pick_examples, predict
 from diffmoe.evaluation.passes import Autocast, Scores, run_over
-from diffmoe.model.heads import ImageClassifier
+from diffmoe.model.heads import Classifier, ImageClassifier
 from diffmoe.tasks.base import Metrics, Runtime, Task, Tested
 
 
@@ -28,7 +29,7 @@ class Classification(Task):
     """Pictures with labels; one head on the picture's embedding, and the descriptions of the classes beside it."""
 
     data_kind = "classification"
-    head = ImageClassifier
+    head = Classifier
     curve = "Accuracy"
     sections = (
         *("scores", "training_curves", "predictions", "confusion_matrix", "calibration", "per_class", "utilization"),
@@ -37,17 +38,21 @@ class Classification(Task):
         "without_experts",
     )
 
-    def build(self, settings: Settings, data: Dataset) -> ImageClassifier:
+    def build(self, settings: Settings, data: Dataset) -> Classifier:
         """With as many classes as the data has."""
         found = len(data.class_names)
         if "num_classes" in settings.given and settings.model.num_classes != found:
             raise UserError(f"num_classes is {settings.model.num_classes}: {data.name} has {found} classes")
         config = dataclasses.replace(settings.model, num_classes=found)
+        if config.architecture != "moe":
+            return Baseline(config)
         return ImageClassifier(config, *class_tokens(data.known_as, data.class_names, config.max_text_len))
 
-    def made_up(self, settings: Settings) -> ImageClassifier:
+    def made_up(self, settings: Settings) -> Classifier:
         """Its class descriptions are templates of made-up names."""
         config = settings.model
+        if config.architecture != "moe":
+            return Baseline(config)
         names = [f"class {number}" for number in range(config.num_classes)]
         return ImageClassifier(config, *class_tokens(settings.data.dataset, names, config.max_text_len))
 
@@ -107,8 +112,8 @@ class Classification(Task):
             lines.append(f"  {name:{width}}  {precision:9.1%}  {recall:6.1%}")
         return lines
 
-    def classify(self, model: ImageClassifier, pictures: Tensor, constants: dict[str, Any]) -> Tensor:
-        return model.classify(pictures, **constants).logits.softmax(-1).cpu()
+    def classify(self, model: Classifier, pictures: Tensor, constants: dict[str, Any]) -> Tensor:
+        return model.answer((pictures,), **constants).logits.softmax(-1).cpu()
 
     def caption(self, model: Any, pictures: Tensor, config: GenerationConfig, seed: int) -> list[str]:
         """It cannot."""
@@ -130,11 +135,11 @@ class Classification(Task):
         both = self.classify(model, pictures, constants) * given_text
         return [{"with_text": row} for row in both / both.sum(1, keepdim=True)]
 
-    def reads_texts(self, model: ImageClassifier) -> bool:
+    def reads_texts(self, model: Classifier) -> bool:
         """With the descriptions of its classes."""
-        return model.class_tokens is not None
+        return isinstance(model, ImageClassifier) and model.class_tokens is not None
 
-    def answered(self, model: ImageClassifier, pictures: Tensor, config: GenerationConfig) -> Sequence[Tensor]:
+    def answered(self, model: Classifier, pictures: Tensor, config: GenerationConfig) -> Sequence[Tensor]:
         """A class is read from the picture alone."""
         return (pictures,)
 

@@ -48,6 +48,8 @@ class Progress:
     """Of this rank's current epoch. On the device until somebody reads."""
     history: list[Metrics] = field(default_factory=list)
     """One row for each finished epoch."""
+    first_experts: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Where a sample's tokens went at the end of the last epoch (`evaluation.history.first_experts`)."""
 
     @property
     def is_best(self) -> bool:
@@ -75,8 +77,8 @@ class Progress:
         numbers = [found.seconds, found.best or 0.0, *(value for row in found.history for value in row.values())]
         if not all(isinstance(value, int | float) for value in numbers) or len(found.history) != found.epoch:
             raise ValueError("the history is not one of numbers")
-        if not all(isinstance(value, torch.Tensor) for value in found.sums.values()):
-            raise ValueError("the sums are not tensors")
+        if not all(isinstance(value, torch.Tensor) for value in (*found.sums.values(), *found.first_experts.values())):
+            raise ValueError("the sums and the first experts are not tensors")
         return found
 
 
@@ -105,7 +107,7 @@ class Hooks:
 def fit(
     trainee: Trainee, train: PictureBatches[Any], hooks: Hooks, progress: Progress, monitor: str = "val_accuracy"
 ) -> Progress:
-    """Train to the end of `config.epochs`, or until validation stops improving.
+    """Train to the end of `config.epochs` or of `config.max_seconds`, or until validation stops improving.
 
     Args:
         trainee: the model, its optimizer and the loop's settings.
@@ -123,22 +125,30 @@ def fit(
     total_steps = config.epochs * steps_per_epoch
     estimate_at = progress.step + 20
     with _signals() as received:
-        while progress.epoch < config.epochs and not _is_stale(progress, config):
+        while (
+            progress.epoch < config.epochs
+            and not _is_stale(progress, config)
+            and _steps_worth(trainee, progress, total_steps) < total_steps
+        ):
             trainee.objective.train()
+            begun = range(progress.step - progress.window, progress.step)
+            rates = [learning_rate(step, total_steps, config) for step in begun]
             batches = iter(train.epoch(progress.epoch, start=progress.window * config.accumulation_steps))
             with _bar(fabric, progress, config.epochs, steps_per_epoch) as bar:
                 clock = _Clock(fabric, progress)
                 while window := list(itertools.islice(batches, config.accumulation_steps)):
-                    rate = learning_rate(progress.step, total_steps, config)
+                    if (done := _steps_worth(trainee, progress, total_steps)) >= total_steps:
+                        break
+                    rates.append(learning_rate(done, total_steps, config))
                     try:
-                        sums = trainee.step(window, rate)
+                        sums = trainee.step(window, rates[-1])
                     except FloatingPointError as error:  # the router met what is not a number
                         raise _diverged(math.nan, progress.step) from error
                     progress.add(sums, fabric.world_size)
                     clock.read()
-                    _show(fabric, bar, progress, total_steps)
+                    _show(fabric, bar, progress, seconds_left(progress, total_steps, config))
                     if progress.step == estimate_at:
-                        hooks.estimate(progress.seconds / progress.step * total_steps)
+                        hooks.estimate(progress.seconds + seconds_left(progress, total_steps, config))
                     if _told_to_stop(fabric, received, progress):
                         _finite_means(fabric, progress)
                         hooks.save(progress)
@@ -147,14 +157,26 @@ def fit(
             averages = _finite_means(fabric, progress)
             # From the first rank: all must agree on what is best, and on when to stop.
             validation = fabric.broadcast(hooks.validate())
-            steps = range(progress.step - progress.window, progress.step)
-            rates = [learning_rate(step, total_steps, config) for step in steps]
             _finish_epoch(progress, rates, averages, validation, monitor)
             hooks.save(progress)
             hooks.tell(progress)
             if _told_to_stop(fabric, received, progress):
                 raise StopRequested(received)
     return progress
+
+
+def _steps_worth(trainee: Trainee, progress: Progress, total_steps: int) -> float:
+    """Steps done, or as many as the time gone is worth where `max_seconds` is nearer; all ranks must ask."""
+    if not (limit := trainee.config.max_seconds):
+        return progress.step
+    seconds = float(total(trainee.fabric, torch.tensor(progress.seconds), mean=True))
+    return max(progress.step, seconds / limit * total_steps)
+
+
+def seconds_left(progress: Progress, total_steps: int, config: TrainingConfig) -> float:
+    """Of training, at the speed that it has had so far."""
+    left = progress.seconds / progress.step * (total_steps - progress.step)
+    return max(min(left, config.max_seconds - progress.seconds), 0.0) if config.max_seconds else left
 
 
 class _Clock:
@@ -227,14 +249,14 @@ def _bar(fabric: Fabric, progress: Progress, epochs: int, steps: int) -> tqdm[An
     )
 
 
-def _show(fabric: Fabric, bar: tqdm[Any], progress: Progress, total_steps: int) -> None:
+def _show(fabric: Fabric, bar: tqdm[Any], progress: Progress, seconds: float) -> None:
     """Move the bar; its numbers wait for the device, so they are read only when it is redrawn."""
     if not bar.update() or bar.disable:
         return
     averages = means(progress.sums)
     if fabric.world_size == 1 and not math.isfinite(averages["loss"]):
         raise _diverged(averages["loss"], progress.step)
-    left = time.strftime("%H:%M:%S", time.gmtime(progress.seconds / progress.step * (total_steps - progress.step)))
+    left = time.strftime("%H:%M:%S", time.gmtime(seconds))
     told = f"loss {averages['loss']:.3f}  accuracy {averages['accuracy']:.1%}"
     bar.set_postfix_str(f"{told}  {progress.pictures / progress.seconds:,.0f} images/s  {left} left", refresh=False)
 

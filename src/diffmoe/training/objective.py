@@ -72,7 +72,7 @@ class Trainee:
         objective = Objective(model, config.label_smoothing)
         compiled = cast(nn.Module, torch.compile(objective)) if config.compile else objective
         self.objective, self.optimizer = fabric.setup(compiled, make_optimizer(model, config))
-        self.routers = model.backbone.routers() if model.config.balance_bias_rate > 0 else {}
+        self.routers = model.backbone.routers() if model.config.balance_bias_rate > 0 and not model.config.dense else {}
 
     def step(self, window: Sequence[Sequence[Tensor]], rate: float) -> Sums:
         """One optimizer step on a window of batches, as on one batch of them all, ragged or not.

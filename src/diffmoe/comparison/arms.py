@@ -77,7 +77,7 @@ class Arm:
 
 def _dense(settings: Settings) -> Settings:
     if settings.model.dense:
-        raise UserError("arm dense: the settings are of a dense model already, so it would be the same")
+        raise UserError("the settings are of a dense model already, so it would be the same")
     return dataclasses.replace(settings, model=settings.model.dense_twin())
 
 
@@ -132,24 +132,33 @@ def _parse_arm(word: str, argv: Sequence[str], prog: str) -> Arm:
     name, rest = found["name"], found["rest"]
     if found["kind"] is None and name not in ARMS:
         raise UserError(f"unknown arm {name!r}{nearest(name, ARMS)}; known are {', '.join(ARMS)}")
-    if found["kind"] == "=":
-        settings = parse_settings([*argv, "--config", rest], prog=prog, mode="train_test")
-        return Arm(name, "moe", settings, is_sized=True)
-    changes = dict(_change(word, part) for part in rest.split(",")) if rest else {}
+    try:
+        return _made(name, word, argv, prog) if found["kind"] != "=" else _from_file(name, rest, argv, prog)
+    except UserError as error:
+        raise UserError(f"arm {name}: {error}") from error
+
+
+def _from_file(name: str, path: str, argv: Sequence[str], prog: str) -> Arm:
+    return Arm(name, "moe", parse_settings([*argv, "--config", path], prog=prog, mode="train_test"), is_sized=True)
+
+
+def _made(name: str, word: str, argv: Sequence[str], prog: str) -> Arm:
+    _, _, rest = word.partition(":")
+    changes = dict(_change(part) for part in rest.split(",")) if rest else {}
     flags = [f"--{field}={value}" for field, value in changes.items()]
     settings = parse_settings([*argv, *flags], prog=prog, mode="train_test")
     kind = name if name in ARMS else "moe"
-    arm = Arm(re.sub(r"[^\w.-]+", "_", word) if changes and kind == name else name, kind, settings, False)
+    own_name = re.sub(r"[^\w.-]+", "_", word) if kind == name else name
     of_model = {field: getattr(settings.model, field) for field in changes if hasattr(settings.model, field)}
-    arm = dataclasses.replace(arm, settings=ARMS[kind](settings), is_sized=bool(SIZES & of_model.keys()))
+    arm = Arm(own_name, kind, ARMS[kind](settings), is_sized=bool(SIZES & of_model.keys()))
     return arm.with_model(dataclasses.replace(arm.settings.model, **of_model))
 
 
-def _change(word: str, part: str) -> tuple[str, str]:
+def _change(part: str) -> tuple[str, str]:
     field, equals, value = part.partition("=")
     if not equals or field not in FIELDS:
         hint = nearest(field, FIELDS) if equals else ""
-        raise UserError(f"arm is {word!r}: {part!r} in it must be FIELD=VALUE, of a field that is a flag{hint}")
+        raise UserError(f"{part!r} must be FIELD=VALUE, of a field that is a flag{hint}")
     return field, value
 
 

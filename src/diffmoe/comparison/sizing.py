@@ -37,9 +37,8 @@ def fit_cnn(config: ModelConfig, cost: Cost, target: float) -> ModelConfig:
         width = steps * WIDTH_STEP
         return dataclasses.replace(config, embed_dim=width, num_heads=1, expansion_factor=1)
 
-    return _fit_expansion(
-        of_width(nearest_count(lambda steps: cost(of_width(steps)), target, MOST_UNITS)), cost, target
-    )
+    width = nearest_count(lambda steps: cost(of_width(steps)), target, MOST_UNITS)
+    return _fit_expansion(of_width(width), cost, target)
 
 
 def fit_transformer(config: ModelConfig, cost: Cost, target: float) -> ModelConfig:

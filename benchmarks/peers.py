@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from diffmoe.model.layers import Expert
 from diffmoe.model.moe import GeneralExperts
-from diffmoe.model.routers import Routing
+from diffmoe.model.routing import Routing
 
 MOST_COPIED = 2e9
 """Bytes of weights that a layer may copy before it is left out."""

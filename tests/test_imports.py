@@ -93,7 +93,7 @@ def test_every_file_imports_only_from_its_left() -> None:
 @pytest.mark.parametrize(
     ("file", "source"),
     [
-        ("losses", "from diffmoe.model.routers import Routing"),  # to the right
+        ("losses", "from diffmoe.model.routing import Routing"),  # to the right
         ("data.text", "import diffmoe.losses"),  # beside it
         ("tasks.base", "from diffmoe import training"),
         ("data.text", "from diffmoe.model import layers"),  # data and model meet as tensors
@@ -114,7 +114,7 @@ def test_a_wrong_import_is_found(file: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("file", "source"),
     [
-        ("model.heads", "import math\nimport torch.nn.functional as F\nfrom diffmoe.model.routers import Routing"),
+        ("model.heads", "import math\nimport torch.nn.functional as F\nfrom diffmoe.model.routing import Routing"),
         ("model.heads", "from einops import rearrange\nfrom diffmoe import losses"),
         ("data.text", "import numpy\nfrom diffmoe.data.hub import load\nfrom diffmoe.config import UserError"),
         ("cli", "from diffmoe import commands"),

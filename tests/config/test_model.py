@@ -50,6 +50,20 @@ def test_the_defaults_are_the_specifications():
     assert defaults["router"] == "attentive"
 
 
+def test_what_is_not_given_is_the_expansion_factors():
+    config = ModelConfig(expansion_factor=2, top_k=2, embed_dim=512)
+    assert (config.modality_expansion, config.routed_expansion, config.dense_hidden) == (2, 2, 2 * 2 * 512)
+    config = ModelConfig(modality_expansion_factor=3, routed_expansion_factor=0.5)
+    assert (config.modality_expansion, config.routed_expansion, config.dense_hidden) == (3, 0.5, 512)
+
+
+def test_the_twin_of_the_defaults():
+    twin = ModelConfig(gate_scale=2.0).dense_twin()
+    assert dataclasses.replace(twin, dense=False, dense_units=None, dense_scale=1.0) == ModelConfig(gate_scale=2.0)
+    assert twin.dense_units == 2 * 2048 + 2  # two experts' hidden units, and 4 logits at half a unit each
+    assert 1 < twin.dense_scale < 1.2  # a little over K unlike experts' sum, as gates are not equal
+
+
 def test_configs_cannot_be_changed_in_place():
     with pytest.raises(dataclasses.FrozenInstanceError):
         ModelConfig().top_k = 1  # pyright: ignore[reportAttributeAccessIssue] - that is the point
@@ -57,6 +71,9 @@ def test_configs_cannot_be_changed_in_place():
 
 IMPOSSIBLE: list[tuple[str, Any, str]] = [
     *((name, 0, "at least 1") for name in ("img_size", "patch_size", "in_channels", "embed_dim")),
+    *((name, 0.0, "over 0") for name in ("modality_expansion_factor", "routed_expansion_factor")),
+    *((name, bad, "over 0") for name in ("gate_scale", "dense_scale") for bad in (0.0, math.inf)),
+    ("dense_units", 0, "at least 1"),
     *((name, 0, "at least 1") for name in ("num_heads", "img_encoder_layers", "text_encoder_layers")),
     *((name, 0, "at least 1") for name in ("num_general_experts", "top_k", "num_classes")),
     *((name, -1, "at least 1") for name in ("vocab_size", "text_embed_dim")),

@@ -53,6 +53,8 @@ def another(name: str, current: Any) -> Any:
         return OTHER[name]
     if get_origin(hint) is Literal:
         return next(choice for choice in get_args(hint) if choice != current)
+    if current is None:  # and what may be given is a number
+        return 7 if int in get_args(hint) else 2.5
     return not current if hint is bool else current + 1 if hint is int else current + 0.03125
 
 

@@ -14,7 +14,8 @@ from diffmoe.evaluation.ablation import ablation
 from diffmoe.evaluation.experts import tokens_per_expert, trace_experts
 from diffmoe.model.heads import ImageClassifier
 from diffmoe.model.moe import GeneralExperts
-from diffmoe.model.routers import AttentiveRouter, Plan
+from diffmoe.model.routers import AttentiveRouter
+from diffmoe.model.routing import Plan
 
 
 def cut(model: ImageClassifier, layer: int, expert: int) -> ImageClassifier:

@@ -20,7 +20,8 @@ from diffmoe.evaluation.experts import (
     tokens_per_expert,
     trace_experts,
 )
-from diffmoe.model.routers import AttentiveRouter, Routing
+from diffmoe.model.routers import AttentiveRouter
+from diffmoe.model.routing import Routing
 
 
 def at(trace: Iterable[BlockRouting], place: str) -> list[BlockRouting]:

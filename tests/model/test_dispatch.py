@@ -13,7 +13,7 @@ from diffmoe.model import dispatch
 from diffmoe.model.dispatch import BACKENDS, LocalDispatch, why_not
 from diffmoe.model.experts import ExpertWeights
 from diffmoe.model.moe import GeneralExperts
-from diffmoe.model.routers import Plan, count_tokens
+from diffmoe.model.routing import Plan, count_tokens
 
 few = settings(deadline=None, max_examples=25)
 seeds = st.integers(0, 10**6)

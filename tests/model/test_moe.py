@@ -12,8 +12,10 @@ from torch import Tensor
 
 from diffmoe.model import dispatch
 from diffmoe.model.dispatch import BACKENDS
+from diffmoe.model.layers import Expert
 from diffmoe.model.moe import GeneralExperts
-from diffmoe.model.routers import AttentiveRouter, Routing
+from diffmoe.model.routers import AttentiveRouter
+from diffmoe.model.routing import Routing
 
 few = settings(deadline=None, max_examples=25)
 seeds = st.integers(0, 10**6)
@@ -44,6 +46,34 @@ def test_pool_is_the_gated_sum_with_the_routers_gradients(top_k: int, masked: bo
     torch.testing.assert_close(y, expected)
     grads = torch.autograd.grad(y.square().sum(), inputs)
     torch.testing.assert_close(grads, torch.autograd.grad(expected.square().sum(), inputs))
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("num_experts", [1, 2, 4])
+def test_a_pool_of_all_slices_of_a_dense_layer_is_that_layer(num_experts: int) -> None:
+    """E = K, gates that add up to K and are equal: outputs and gradients, in float64."""
+    hidden = 3
+    dense = Expert(WIDTH, num_experts * hidden / WIDTH).double()
+    pool = GeneralExperts(WIDTH, num_experts, num_experts, hidden / WIDTH, gate_scale=float(num_experts)).double()
+    with torch.no_grad():
+        for number, parameter in enumerate(dense.parameters()):
+            parameter.copy_(randn(*parameter.shape, seed=number))
+        pool.router.get_parameter("keys").zero_()  # all experts are as likely
+        pool.gain.copy_(dense.norm.weight.expand_as(pool.gain))
+        pool.shift.copy_(dense.norm.bias.expand_as(pool.shift))
+        pool.fc1_weight.copy_(dense.fc1.weight.unflatten(0, (num_experts, hidden)))
+        pool.fc1_bias.copy_(dense.fc1.bias.unflatten(0, (num_experts, hidden)))
+        pool.fc2_weight.copy_(dense.fc2.weight.unflatten(1, (num_experts, hidden)).transpose(0, 1))
+        pool.fc2_bias.copy_((dense.fc2.bias / num_experts).expand_as(pool.fc2_bias))
+    x = randn(3, 5, WIDTH, seed=9).requires_grad_()
+    (y, _), expected = pool(x), dense(x)
+    torch.testing.assert_close(y, expected)
+    grads = torch.autograd.grad(y.square().sum(), (x, pool.fc1_weight, pool.fc2_weight, pool.gain))
+    wanted = torch.autograd.grad(expected.square().sum(), (x, dense.fc1.weight, dense.fc2.weight, dense.norm.weight))
+    torch.testing.assert_close(grads[0], wanted[0])
+    torch.testing.assert_close(grads[1].flatten(0, 1), wanted[1])
+    torch.testing.assert_close(grads[2].transpose(0, 1).flatten(1), wanted[2])
+    torch.testing.assert_close(grads[3].sum(0), wanted[3])
 
 
 @pytest.mark.usefixtures("backend")

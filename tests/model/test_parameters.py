@@ -58,6 +58,11 @@ def test_dense_model_is_all_active():
     assert total == active == OUTSIDE + 2 * (BLOCK + wide)
 
 
+def test_all_experts_are_active_where_they_are_mixed():
+    total, active = count_parameters(GeneralExperts(4, 3, 1, expansion_factor=2, router="merged"))
+    assert total == active
+
+
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_pool_alone(top_k):
     assert count_parameters(GeneralExperts(4, 3, top_k, expansion_factor=2)) == (

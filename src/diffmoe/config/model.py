@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
+import random
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +15,9 @@ START_ID, END_ID = 49406, 49407
 """The CLIP tokenizer's special tokens, the last ids of its table."""
 VOCAB_SIZE = 49408
 """Tokens that it has."""
+
+GATE_DRAWS = 2000
+"""Tokens by which the loudness of a fresh router's gates is estimated: to half a percent."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +53,25 @@ class ModelConfig:
     top_k: int = 2
     """Routed experts for each token, K."""
     expansion_factor: float = 4
-    """Hidden width of every expert over embed_dim."""
+    """Hidden width of the global expert over embed_dim, and of the others where nothing else is said."""
+    modality_expansion_factor: float | None = None
+    """Hidden width of the modality experts over embed_dim; None is expansion_factor."""
+    routed_expansion_factor: float | None = None
+    """Hidden width of each routed expert over embed_dim; None is expansion_factor. Smaller, with more experts and a
+    larger top_k, is what fine-grained experts are (DeepSeekMoE)."""
     dense: bool = False
     """Replace each routed pool by one expert that is top_k times as wide: the same active compute, no routing."""
+    dense_units: int | None = None
+    """With dense, hidden units of that expert; None is top_k times a routed one's."""
+    dense_scale: float = 1.0
+    """With dense, what that expert's output is multiplied by."""
     router: str = "attentive"
     """Who decides which experts a token is sent to; a name of `diffmoe.model.routers.ROUTERS`."""
+    gate: Literal["softmax", "sigmoid"] = "softmax"
+    """How a token's experts are weighted: 'softmax', they compete; 'sigmoid', each by itself (DeepSeek-V3)."""
+    gate_scale: float = 1.0
+    """What a token's gates add up to: 1 is the weighted mean of its experts, top_k about their sum, as loud as a dense
+    layer of the same active width (with top_k 1, times the expert's probability)."""
     router_noise: bool = False
     """Learned noise on the router's scores in training (Shazeer et al. 2017, eq. 4)."""
     num_classes: int = 10
@@ -118,6 +138,14 @@ class ModelConfig:
         check(0 < self.expansion_factor < float("inf"), "expansion_factor", self.expansion_factor, "over 0 and finite")
         hidden = round(self.expansion_factor * self.embed_dim)
         check(hidden >= 1, "expansion_factor", self.expansion_factor, "at least 1 / embed_dim: one hidden unit")
+        for name in ("modality_expansion_factor", "routed_expansion_factor"):
+            factor = getattr(self, name)
+            if factor is not None:
+                check(0 < factor < float("inf") and round(factor * self.embed_dim) >= 1, name, factor, "over 0, finite")
+        if self.dense_units is not None:
+            check_at_least(self, 1, "dense_units")
+        for name in ("gate_scale", "dense_scale"):
+            check(0 < (scale := getattr(self, name)) < float("inf"), name, scale, "over 0 and finite")
         check(self.layer_norm_eps > 0, "layer_norm_eps", self.layer_norm_eps, "over 0")
         check(
             0 <= self.num_modality_specific_experts <= 2,
@@ -161,6 +189,66 @@ class ModelConfig:
                 check_at_least(self, 0, field.name)
 
     @property
+    def modality_expansion(self) -> float:
+        """Hidden width of the modality experts over embed_dim."""
+        return self.expansion_factor if self.modality_expansion_factor is None else self.modality_expansion_factor
+
+    @property
+    def routed_expansion(self) -> float:
+        """Hidden width of each routed expert over embed_dim."""
+        return self.expansion_factor if self.routed_expansion_factor is None else self.routed_expansion_factor
+
+    @property
+    def dense_hidden(self) -> int:
+        """With dense, hidden units of the expert in the pool's place."""
+        return self.dense_units or self.top_k * round(self.routed_expansion * self.embed_dim)
+
+    def dense_twin(self) -> ModelConfig:
+        """The same without routing: one expert in each pool's place, of the same FLOPs a picture and equally loud.
+
+        FLOPs are the image tower's, where N is num_patches: what the router and the mixing cost is given to the
+        twin as hidden units, to the nearest whole one. Loudness is the branch's standard deviation at initialisation:
+        that of a sum of K unlike experts weighted with a fresh router's gates, over that of one K times as wide.
+        """
+        units = max(1, round(_routed_units(self)))
+        loudness = self.gate_scale * _gates_norm(self) / math.sqrt(self.top_k)
+        return dataclasses.replace(self, dense=True, dense_units=units, dense_scale=loudness)
+
+    @property
     def num_patches(self) -> int:
         """Image tokens of a picture of img_size, N."""
         return (self.img_size // self.patch_size) ** 2
+
+
+def _routed_units(config: ModelConfig) -> float:
+    """Hidden units of a dense FFN that costs as many FLOPs a token as the routed pool: 4 D each."""
+    experts, hidden = config.num_general_experts, round(config.routed_expansion * config.embed_dim)
+    tokens, scoring = config.num_patches, experts / 2  # a logit is 2 D FLOPs
+    slots = 4 * config.top_k * experts
+    by_router = {
+        "picture": config.top_k * hidden + scoring / tokens,
+        "merged": hidden + (experts * hidden + scoring) / tokens,  # the experts' weights are averaged once a picture
+        "soft": slots / tokens * hidden + slots / 2 + slots,  # scored, averaged before and averaged after
+        "hash": config.top_k * hidden,
+        "random": config.top_k * hidden,
+    }
+    return by_router.get(config.router, config.top_k * hidden + scoring)
+
+
+@functools.cache
+def _gates_norm(config: ModelConfig) -> float:
+    """Root of the mean sum of squares of a fresh router's gates, whose logits are standard normal; gate_scale apart."""
+    if config.router == "merged":
+        return math.sqrt(config.top_k)  # one expert, copies of which are averaged
+    if config.router in ("hash", "random"):
+        return 1 / math.sqrt(config.top_k)
+    draw = random.Random(0)
+    total = 0.0
+    for _ in range(GATE_DRAWS):
+        logits = sorted((draw.gauss(0, 1) for _ in range(config.num_general_experts)), reverse=True)
+        scores = [1 / (1 + math.exp(-x)) if config.gate == "sigmoid" else math.exp(x) for x in logits]
+        chosen = scores[: config.top_k]
+        is_share = config.top_k > 1 and config.router != "expert_choice"  # else the score itself
+        whole = sum(chosen) if is_share else 1 if config.gate == "sigmoid" else sum(scores)
+        total += sum((score / whole) ** 2 for score in chosen)
+    return math.sqrt(total / GATE_DRAWS)

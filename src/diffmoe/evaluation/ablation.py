@@ -15,7 +15,8 @@ from diffmoe.evaluation.passes import Scores, run_over
 from diffmoe.model.encoders import UnifiedModalEncoder
 from diffmoe.model.heads import Head
 from diffmoe.model.moe import GeneralExperts
-from diffmoe.model.routers import Router, Routing
+from diffmoe.model.routers import Router
+from diffmoe.model.routing import Routing
 
 
 @dataclass(frozen=True)

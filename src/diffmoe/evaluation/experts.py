@@ -17,7 +17,7 @@ from torch import Tensor
 from diffmoe.evaluation.passes import Autocast, run_over
 from diffmoe.model.heads import Head
 from diffmoe.model.outputs import Output
-from diffmoe.model.routers import Routing
+from diffmoe.model.routing import Routing
 
 
 @dataclass(frozen=True)

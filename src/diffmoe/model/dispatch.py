@@ -29,7 +29,7 @@ from diffmoe.model.experts import (
     looped_experts,
     why_not_grouped,
 )
-from diffmoe.model.routers import Plan
+from diffmoe.model.routing import Plan
 
 FEW_SLOTS = 256
 """Up to this many slots, one batched product over padded experts beats a product for each expert on a CPU."""

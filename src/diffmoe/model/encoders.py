@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from diffmoe.config import ModelConfig
 from diffmoe.model.layers import Attention, Expert
 from diffmoe.model.moe import GeneralExperts
-from diffmoe.model.routers import Routing, at
+from diffmoe.model.routing import Routing, at
 from diffmoe.model.sequence import Context, TokenSequence
 
 Place = Literal["image", "text", "fusion"]
@@ -67,22 +67,25 @@ class UnifiedModalEncoder(nn.Module):
         shared = {"activation": config.activation, "dropout": config.dropout, "layer_norm_eps": config.layer_norm_eps}
         self.attention_norm = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
         self.attention = Attention(config.embed_dim, config.num_heads, config.dropout, config.attention)
-        self.global_expert = Expert(config.embed_dim, config.expansion_factor, **shared)
+        width = config.embed_dim
+        self.global_expert = Expert(width, config.expansion_factor, **shared)
         experts_before = {"image": 0, "text": 1, "fusion": 2}[place]  # vision comes first, then text
         has_own = config.num_modality_specific_experts > experts_before
-        self.modality_expert = Expert(config.embed_dim, config.expansion_factor, **shared) if has_own else None
+        self.modality_expert = Expert(width, config.modality_expansion, **shared) if has_own else None
+        self.dense_scale = config.dense_scale if config.dense else 1.0
         if config.dense:
-            width = config.top_k * round(config.expansion_factor * config.embed_dim)
-            self.general_experts = Expert(config.embed_dim, width / config.embed_dim, **shared)
+            self.general_experts = Expert(width, config.dense_hidden / width, **shared)
         else:
             self.general_experts = GeneralExperts(
                 config.embed_dim,
                 config.num_general_experts,
                 config.top_k,
-                config.expansion_factor,
+                config.routed_expansion,
                 router=config.router,
                 router_noise=config.router_noise,
                 backend=config.expert_backend,
+                gate=config.gate,
+                gate_scale=config.gate_scale,
                 **shared,
             )
 
@@ -96,6 +99,8 @@ class UnifiedModalEncoder(nn.Module):
             routing = at(routing, self.place, self.layer)
         else:
             routed, routing = self.general_experts(x), None
+            if self.dense_scale != 1:
+                routed = routed * self.dense_scale
         out = x + self.global_expert(x) + routed
         if self.modality_expert is not None:
             out = out + self.modality_expert(x)

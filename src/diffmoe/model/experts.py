@@ -59,16 +59,16 @@ def batched_experts(
     if rows is None or len(set(rows)) == 1:
         count = len(x_PD) // num_experts if rows is None else rows[0]
         used = num_experts * count
-        y_PD = _all_experts(x_PD[:used].view(num_experts, count, width), weights, activation, dropout).flatten(0, 1)
+        y_PD = all_experts(x_PD[:used].view(num_experts, count, width), weights, activation, dropout).flatten(0, 1)
     else:
         used = sum(rows)
         # Two halves of an expert's rows: a batched product again, which rounds as that of all experts does.
         halves = [(x.view(2, -1, width), expert) for expert, (x,) in _by_expert(rows, weights, x_PD)]
-        y_PD = torch.cat([_all_experts(*half, activation, dropout).flatten(0, 1) for half in halves])
+        y_PD = torch.cat([all_experts(*half, activation, dropout).flatten(0, 1) for half in halves])
     return F.pad(y_PD, (0, 0, 0, len(x_PD) - used)) if rows is not None and used < len(x_PD) else y_PD
 
 
-def _all_experts(x_ECD: Tensor, weights: ExpertWeights, activation: str, dropout: float) -> Tensor:
+def all_experts(x_ECD: Tensor, weights: ExpertWeights, activation: str, dropout: float) -> Tensor:
     """Each expert on its own C rows, in batched products: (E, C, D) -> (E, C, D); or one expert's weights on them all.
 
     Weights times rows, not rows times weights: for few rows a CPU takes two thirds of the time that way around.

@@ -7,15 +7,17 @@ token axes.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffmoe.model.dispatch import LocalDispatch
-from diffmoe.model.experts import ExpertWeights
+from diffmoe.model.experts import ExpertWeights, all_experts
 from diffmoe.model.gather import world_size
-from diffmoe.model.routers import Plan, Routing, router_kind
+from diffmoe.model.routers import Mixer, router_kind
+from diffmoe.model.routing import Plan, Routing
 
 
 class GeneralExperts(nn.Module):
@@ -34,6 +36,8 @@ class GeneralExperts(nn.Module):
         layer_norm_eps: epsilon of the experts' LayerNorms.
         router: a name of `routers.ROUTERS`.
         router_noise: learned noise on the router's scores in training.
+        gate: softmax or sigmoid, how a token's experts are weighted.
+        gate_scale: what a token's gates add up to.
         backend: how tokens get to their experts, a name of `dispatch.BACKENDS`; "auto" is the fastest here.
     """
 
@@ -49,11 +53,15 @@ class GeneralExperts(nn.Module):
         router: str = "attentive",
         router_noise: bool = False,
         backend: str = "auto",
+        gate: str = "softmax",
+        gate_scale: float = 1.0,
     ) -> None:
         super().__init__()
         hidden = round(expansion_factor * embed_dim)
         self.embed_dim, self.activation, self.dropout, self.eps = embed_dim, activation, dropout, layer_norm_eps
-        self.router = router_kind(router)(embed_dim, num_experts, top_k, noise=router_noise)
+        self.router = router_kind(router)(
+            embed_dim, num_experts, top_k, noise=router_noise, gate=gate, gate_scale=gate_scale
+        )
         self.dispatch = LocalDispatch(backend)
         self.gain = nn.Parameter(torch.ones(num_experts, embed_dim))
         self.shift = nn.Parameter(torch.zeros(num_experts, embed_dim))
@@ -72,6 +80,10 @@ class GeneralExperts(nn.Module):
         """Experts' weights normal with this standard deviation; their biases and norms are set when made."""
         nn.init.normal_(self.fc1_weight, std=std)
         nn.init.normal_(self.fc2_weight, std=std)
+        if isinstance(self.router, Mixer) and self.router.alike:
+            with torch.no_grad():
+                for stack in (self.fc1_weight, self.fc2_weight):
+                    stack.copy_(stack[:1].expand_as(stack).clone())
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Routing]:
         """(..., D), and mask (...) with True or 1 at real tokens -> (..., D), and the `Routing`.
@@ -86,6 +98,8 @@ class GeneralExperts(nn.Module):
             raise ValueError(f"mask is of shape {tuple(mask.shape)}: it must be {tuple(x.shape[:-1])}, as x without D")
         # The experts' LayerNorms differ in gain and bias only: normalise once, before the tokens are copied K times.
         x_normed = F.layer_norm(x, (self.embed_dim,), eps=self.eps)
+        if isinstance(self.router, Mixer):
+            return self._mix(self.router, x_normed, mask)
         routing = self.router(x_normed, mask)
         return self.run(x_normed.reshape(-1, self.embed_dim), routing.plan).view(x.shape), routing
 
@@ -96,15 +110,28 @@ class GeneralExperts(nn.Module):
         `UserError` where the backend cannot run here, `FloatingPointError` where a gate is not finite (checked on the
         CPU only, as on a GPU it would wait for the device, and never by one of several processes alone).
         """
-        device = x_TD.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TD.dtype
         if not torch.compiler.is_compiling():
             self._check(plan, len(x_TD))
-        weights = self.weights
-        if self.gain.dtype != dtype:
-            weights = ExpertWeights(*(stack.to(dtype) for stack in weights))
+        weights = self._weights_as(x_TD)
+        dtype = weights.gain.dtype
         plan = plan._replace(gates=plan.gates.to(dtype))
         return self.dispatch(x_TD.to(dtype), plan, weights, self.activation, self.dropout if self.training else 0.0)
+
+    def _mix(self, router: Mixer, x_normed: Tensor, mask: Tensor | None) -> tuple[Tensor, Routing]:
+        shape = x_normed.shape if x_normed.dim() > 1 else (1, *x_normed.shape)  # a token alone is a sequence of one
+        x_BND = x_normed.reshape(-1, *shape[-2:])
+        mask_BN = None if mask is None else mask.reshape(x_BND.shape[:2])
+        dropout = self.dropout if self.training else 0.0
+        run = partial(all_experts, activation=self.activation, dropout=dropout)
+        y, routing = router.mix(x_BND, mask_BN, self._weights_as(x_normed), run)
+        return y.view(x_normed.shape), routing.shaped(x_normed.shape[:-1])
+
+    def _weights_as(self, x: Tensor) -> ExpertWeights:
+        """In the dtype that products have here: autocast's where it is on, else that of `x`."""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        weights = self.weights
+        return weights if self.gain.dtype == dtype else ExpertWeights(*(stack.to(dtype) for stack in weights))
 
     def _check(self, plan: Plan, num_tokens: int) -> None:
         if plan.expert_ids.shape != plan.gates.shape or len(plan.gates) != num_tokens:

@@ -20,7 +20,8 @@ from diffmoe.model.gather import gather_rows, world_size
 from diffmoe.model.layers import PatchEmbed, full_precision, widened
 from diffmoe.model.moe import GeneralExperts
 from diffmoe.model.outputs import ImageFeatures, Losses, Output, TextFeatures
-from diffmoe.model.routers import Router, Routing
+from diffmoe.model.routers import Router
+from diffmoe.model.routing import Routing
 from diffmoe.model.sequence import CaptionCache, Context, KeyValues, TokenSequence
 
 IMAGE, TEXT = 0, 1

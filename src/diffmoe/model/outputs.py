@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from diffmoe.model.encoders import AttentionMap, Encoded
-from diffmoe.model.routers import Routing
+from diffmoe.model.routing import Routing
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,16 @@ from __future__ import annotations
 from torch import nn
 
 from diffmoe.model.moe import GeneralExperts
+from diffmoe.model.routers import Mixer
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Parameters in all, and active for one token: of each routed pool only top_k experts are."""
+    """Parameters in all, and active for one token: of each pool that sends tokens only top_k experts are."""
     total = sum(parameter.numel() for parameter in model.parameters())
     idle = sum(
         sum(stack.numel() for stack in pool.weights) * (len(pool.gain) - pool.router.top_k) // len(pool.gain)
         for pool in model.modules()
-        if isinstance(pool, GeneralExperts)
+        if isinstance(pool, GeneralExperts) and not isinstance(pool.router, Mixer)
     )
     return total, total - idle
 

@@ -22,9 +22,9 @@ from diffmoe.data.pictures import PictureSpec
 from diffmoe.inference import Predictor
 from diffmoe.model.dispatch import LocalDispatch
 from diffmoe.model.heads import ImageClassifier
-from diffmoe.model.layers import PatchEmbed
 from diffmoe.model.moe import GeneralExperts
 from diffmoe.model.outputs import ClassifierOutput
+from diffmoe.model.patch_embed import PatchEmbed
 from diffmoe.model.routers import AttentiveRouter
 
 SOURCES = Path(diffmoe.__file__).parent

@@ -20,8 +20,11 @@ from tests.training.signals import send_at
 import diffmoe
 from diffmoe import runs
 from diffmoe.commands import train as command
-from diffmoe.config import UserError
+from diffmoe.config import DataConfig, UserError
+from diffmoe.data.loading import load_dataset
 from diffmoe.model.heads import ImageClassifier
+from diffmoe.model.patch_embed import Whitening
+from diffmoe.storage.model_files import load_model_file
 from diffmoe.storage.run_files import RunFiles
 from diffmoe.tasks.classification import Classification
 from diffmoe.training.objective import Trainee
@@ -175,12 +178,13 @@ class TestRuns:
         assert "note: this will take about" in quiet
         assert "smaller model" not in quiet
 
+    @pytest.mark.parametrize("patch_embed", ["conv", "whitened"])
     @pytest.mark.parametrize("batch_size", [1, 3])
     def test_a_batch_that_batchnorm_cannot_learn_from_is_one_line(
-        self, cli, tiny_flags, flowers, tmp_path, snapshot, batch_size
+        self, cli, tiny_flags, flowers, tmp_path, snapshot, batch_size, patch_embed
     ):
         """4 are left to train on."""
-        flags = [*tiny_flags, "--dataset", flowers, "--patch_embed", "conv", "--img_size", 8, "--patch_size", 8]
+        flags = [*tiny_flags, "--dataset", flowers, "--patch_embed", patch_embed, "--img_size", 8, "--patch_size", 8]
         before = snapshot(tmp_path)
         argv = ("train", *flags, "--epochs", 1, "--save_dir", tmp_path / "runs", "--batch_size")
         result = cli(*argv, batch_size)
@@ -188,6 +192,24 @@ class TestRuns:
         assert f"batch_size is {batch_size}: " in result.err
         assert snapshot(tmp_path) == before
         assert cli(*argv, 2).code == 0
+
+    def test_whitens_by_its_first_training_pictures_once(self, cli, tiny_flags, tmp_path, monkeypatch):
+        monkeypatch.setattr(runs, "WHITENING_SAMPLE", 100)
+        seen: list[torch.Tensor] = []
+        fit = Whitening.fit
+        monkeypatch.setattr(Whitening, "fit", lambda self, images: (seen.append(images), fit(self, images)))
+        flags = [*tiny_flags, "--patch_embed", "whitened", "--epochs", 2, "--save_dir", tmp_path]
+        send_at(monkeypatch, Trainee, "step", [2], signal.SIGTERM)
+        assert [cli("train", *flags, *more).code for more in ((), ("--resume",))] == [143, 0]
+        assert cli("test", "--save_dir", tmp_path, "--output_dir", tmp_path).code == 0
+        loaded = load_model_file(tmp_path / "digits_model.pth")
+        config = DataConfig(val_fraction=0.5, test_fraction=0.7)
+        data = load_dataset(config, loaded.picture)
+        assert len(seen) == 1
+        assert torch.equal(seen[0], loaded.picture.normalize(data.train.images[:100]))
+        expected = Whitening(1)
+        fit(expected, seen[0])
+        assert torch.equal(loaded.model.state_dict()["backbone.patch_embed.projection.0.weight"], expected.weight)
 
     def test_that_diverges_is_one_line(self, cli, tiny_flags, tmp_path):
         result = cli("train", *tiny_flags, "--epochs", 1, "--lr", 1e30, "--clip_norm", 0, "--save_dir", tmp_path)

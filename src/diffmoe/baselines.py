@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from diffmoe.config import ModelConfig, UserError
 from diffmoe.model.heads import Classifier
-from diffmoe.model.layers import ConvNorm, PatchEmbed, full_precision, widened
+from diffmoe.model.layers import full_precision, widened
 from diffmoe.model.outputs import ClassifierOutput, ImageFeatures, Losses
+from diffmoe.model.patch_embed import ConvNorm, PatchEmbed, StemConv
 
 
 class Baseline(Classifier):
@@ -64,15 +65,20 @@ class Baseline(Classifier):
 
 
 class ThreeStages(nn.Module):
-    """The stem that brings a patch to one pixel, and a stage after it: (B, C, H, W) -> (B, N, W)."""
+    """The stem that brings a patch to one pixel, and a stage after it: (B, C, H, W) -> (B, N, W).
+
+    After a `whitened` stem it is another stage of its kind, which halves the picture once more; else a convolution, the
+    second of the stage that a `conv` stem begins with its last one.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        width = third_width(config)
+        width_in, width, kind = config.embed_dim, third_width(config), config.patch_embed
         self.patch_embed = PatchEmbed(
-            config.img_size, config.patch_size, config.in_channels, config.embed_dim, config.patch_embed
+            config.img_size, config.patch_size, config.in_channels, width_in, kind, config.stem_width
         )
-        self.stage = ConvNorm(config.embed_dim, width)
+        fast = (StemConv(width_in, width, pool=True), StemConv(width, width))
+        self.stage = nn.Sequential(*(fast if kind == "whitened" else (ConvNorm(width_in, width),)))
 
     def forward(self, images: Tensor) -> Tensor:
         side = images.shape[-1] // self.patch_embed.patch_size

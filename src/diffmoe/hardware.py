@@ -33,6 +33,15 @@ def pick_device(device: str) -> torch.device:
     return torch.device(device)
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether it multiplies bfloat16 itself and much faster than float32: a GPU that does not only emulate it, a
+    processor with AMX.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+
+
 @contextmanager
 def tuned() -> Iterator[None]:
     """Within it, the processor's settings are those that make a run fast; after it, they are as they were."""

@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 
 Tell = Callable[[str], object]
 HOUR = 3600
+WHITENING_SAMPLE, WHITENING_VALUES = 5000, 2**25
+"""Training pictures that a stem is whitened by, and how many values they may have in all: fewer of large ones."""
 ELSEWHERE = ("data_dir", "num_workers", "max_memory_gb")
 """Settings that a resumed run may have others of: they say where the data is and how it is read."""
 
@@ -91,7 +93,7 @@ def train_run(settings: Settings, tell: Tell = print) -> dict[str, Any] | None:
         sample = next(iter(batches.epoch()))  # before the seed is set: workers draw from torch's generator
         torch.manual_seed(config.seed)
         model = task.build(settings, data)
-        _start_from(settings, model, told)
+        _start_from(settings, model, data, told)
         trainee = Trainee(fabric, model, config)
         # Weights are equal on all ranks; dropout and the descriptions drawn from here on are not.
         torch.manual_seed(config.seed + 1 + fabric.global_rank)
@@ -190,10 +192,11 @@ def _check_last_batch(settings: Settings, pictures: int, world_size: int) -> Non
     """BatchNorm learns from no single value. Raises `UserError` where a training batch would bring it one a channel."""
     share = settings.training.batch_size // world_size
     last = -(-pictures // world_size) % share or share
-    if last == 1 and settings.model.num_patches == 1 and settings.model.patch_embed == "conv":
+    kind = settings.model.patch_embed
+    if last == 1 and settings.model.num_patches == 1 and kind != "linear":
         raise UserError(
             f"batch_size is {settings.training.batch_size}: a batch of the {pictures} training pictures would be a "
-            "single one, of a single patch, which patch_embed 'conv' cannot learn from; give another"
+            f"single one, of a single patch, which patch_embed {kind!r} cannot learn from; give another"
         )
 
 
@@ -226,8 +229,14 @@ def _settings(mode: str, flags: dict[str, Any]) -> Settings:
     return parse_settings([f"--{name}={word}" for name, word in words.items()], prog=f"diffmoe.{mode}", mode=mode)
 
 
-def _start_from(settings: Settings, model: Head, tell: Tell) -> None:
-    if settings.run.init is not None and not settings.run.resume:
+def _start_from(settings: Settings, model: Head, data: Dataset, tell: Tell) -> None:
+    """What a new model has before it is trained: whitened pictures, pretrained weights."""
+    if settings.run.resume:
+        return
+    if settings.model.patch_embed == "whitened":
+        first = min(WHITENING_SAMPLE, WHITENING_VALUES // data.train.images[:1].numel())
+        model.backbone.patch_embed.whiten(data.picture.normalize(data.train.images[:first]))
+    if settings.run.init is not None:
         from diffmoe.pretrained import start_from
 
         for line in start_from(model, settings.run.init):

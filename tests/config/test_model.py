@@ -76,7 +76,7 @@ IMPOSSIBLE: list[tuple[str, Any, str]] = [
     ("dense_units", 0, "at least 1"),
     *((name, 0, "at least 1") for name in ("num_heads", "img_encoder_layers", "text_encoder_layers")),
     *((name, 0, "at least 1") for name in ("num_general_experts", "top_k", "num_classes")),
-    *((name, -1, "at least 1") for name in ("vocab_size", "text_embed_dim")),
+    *((name, -1, "at least 1") for name in ("vocab_size", "text_embed_dim", "stem_width")),
     *(
         (name, -1, "at least 0")
         for name in ("fusion_layers", "initializer_range", "position_range", "balance_bias_rate")
@@ -107,6 +107,8 @@ def test_impossible_value_is_one_line(name, value, right):
     ("fields", "message"),
     [
         ({"patch_embed": "conv", "patch_size": 7}, "patch_size is 7.*a power of two"),
+        ({"patch_embed": "whitened", "patch_size": 7}, "patch_size is 7.*a power of two over 1"),
+        ({"patch_embed": "whitened", "patch_size": 1}, "patch_size is 1.*a power of two over 1"),
         ({"classify_with": "descriptions", "fusion_layers": 0}, "fusion_layers is 0.*at least 1"),
     ],
 )

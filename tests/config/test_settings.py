@@ -184,7 +184,7 @@ WRONG = {
     "--lr nan": "lr is 'nan': it must be a number",
     "--flip maybe": "flip is 'maybe': it must be true or false",
     "--device gpu": "device is 'gpu': it must be one of 'auto', 'cpu', 'cuda', 'mps'",
-    "--patch_embed cnn": "patch_embed is 'cnn': it must be one of 'linear', 'conv'",
+    "--patch_embed cnn": "patch_embed is 'cnn': it must be one of 'linear', 'conv', 'whitened'",
     "--preset tinny": "did you mean 'tiny'?",
     "--embed_dim 100 --num_heads 8": "embed_dim is 100: it must be a multiple of num_heads (8)",
     "digits": "unrecognized arguments: digits",

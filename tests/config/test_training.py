@@ -19,7 +19,11 @@ IMPOSSIBLE: list[tuple[type, str, Any, str]] = [
     *((TrainingConfig, name, 0, "at least 1") for name in ("epochs", "batch_size", "accumulation_steps")),
     *((TrainingConfig, name, -1, "at least 0") for name in ("weight_decay", "clip_norm", "patience", "seed")),
     (TrainingConfig, "seed", 2**64, "at most|less|below"),
-    *((TrainingConfig, "lr", value, "over 0 and finite") for value in (0.0, -1.0, math.inf, math.nan)),
+    *(
+        (TrainingConfig, name, value, "over 0 and finite")
+        for name in ("lr", "muon_lr", "expert_lr_scale")
+        for value in (0.0, -1.0, math.inf, math.nan)
+    ),
     *((TrainingConfig, name, 1.0, "not including, 1") for name in ("warmup_fraction", "label_smoothing")),
     (TrainingConfig, "final_lr_fraction", 1.1, "from 0 to 1"),
     (RunConfig, "num_devices", 0, "at least 1"),

@@ -1,4 +1,4 @@
-"""The expert, the patch embedding and attention against their formulas."""
+"""The expert and attention against their formulas."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffmoe.model.layers import Attention, ConvNorm, Expert, PatchEmbed
+from diffmoe.model.layers import Attention, Expert
 from diffmoe.model.sequence import TokenSequence
 
 WIDTH, HEADS, EPS = 8, 2, 1e-3
@@ -74,44 +74,6 @@ def test_dropout_zero_costs_no_module() -> None:
 
     assert not dropouts(0.0)
     assert [d.p for d in dropouts(0.3)] == [0.3] * 3
-
-
-# --- PatchEmbed ---
-
-
-def test_linear_patch_embedding_is_a_product_with_each_patch_row_by_row() -> None:
-    embed = randomize(PatchEmbed(img_size=8, patch_size=4, in_channels=3, embed_dim=WIDTH))
-    images = randn(2, 3, 8, 12, seed=1)  # a grid of 2 x 3
-    assert isinstance(embed.projection, nn.Conv2d)
-    assert embed.projection.bias is not None
-    patches = [images[:, :, 4 * row : 4 * row + 4, 4 * col : 4 * col + 4] for row in range(2) for col in range(3)]
-    flat = torch.stack(patches, 1).flatten(2)  # (B, N, C * 4 * 4)
-    torch.testing.assert_close(embed(images), flat @ embed.projection.weight.flatten(1).T + embed.projection.bias)
-
-
-@pytest.mark.parametrize("kind", ["linear", "conv"])
-def test_a_size_that_the_patch_does_not_divide_is_an_error_naming_both(kind: str) -> None:
-    with pytest.raises(ValueError, match=r"30x30.*4x4"):
-        PatchEmbed(img_size=30, patch_size=4, kind=kind)
-    embed = PatchEmbed(img_size=8, patch_size=4, embed_dim=WIDTH, kind=kind)
-    for height, width in ((8, 10), (10, 8)):
-        with pytest.raises(ValueError, match=rf"{height}x{width}.*4x4"):
-            embed(torch.zeros(1, 1, height, width))
-
-
-@pytest.mark.parametrize("patch_size", [1, 2, 4])
-def test_conv_stem_puts_each_patch_at_its_place_in_the_grid(patch_size: int) -> None:
-    # A pixel reaches 2 (n - 1) + 2 (n/2 - 1) + ... < 4n pixels through the 3x3 convolutions: under 4 patches.
-    rows, cols, row, col = 6, 12, 1, 10
-    embed = PatchEmbed(4 * patch_size, patch_size, in_channels=2, embed_dim=WIDTH, kind="conv").double().eval()
-    images = randn(1, 2, rows * patch_size, cols * patch_size)
-    touched = images.clone()
-    touched[:, :, row * patch_size : (row + 1) * patch_size, col * patch_size : (col + 1) * patch_size] += 1
-    change = (embed(touched) - embed(images)).abs().sum(-1)
-    assert change.shape == (1, rows * cols)
-    changed = change.view(rows, cols).nonzero().tolist()
-    assert [row, col] in changed
-    assert all(abs(r - row) < 4 and abs(c - col) < 4 for r, c in changed)
 
 
 # --- Attention ---
@@ -179,17 +141,3 @@ def test_asking_for_the_weights_changes_no_output(kernel: str, causal: bool) -> 
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, HEADS, 5, dtype=torch.float64))
     seen = MASK[:, None, None].expand(2, HEADS, 5, 5)
     assert torch.equal(weights > 0, seen.tril() if causal else seen)
-
-
-def test_a_norm_folded_into_its_convolution_changes_nothing() -> None:
-    layer = ConvNorm(3, 5).double()
-    images = randn(4, 3, 6, 6)
-    with torch.no_grad():
-        for parameter in layer[1].parameters():
-            parameter.normal_()
-    for _ in range(3):
-        layer(2 * images + 1)  # in training: running mean and variance move
-    layer.eval()
-    expected = layer[2](layer[1](layer[0](images)))
-    assert 0 < (expected == 0).sum() < expected.numel()  # some below 0, for the ReLU
-    torch.testing.assert_close(layer(images), expected)

@@ -325,7 +325,7 @@ def test_initial_weights_have_the_range_of_the_config() -> None:
     assert not model.token_projection.bias.any()
 
 
-@pytest.mark.parametrize("patch_embed", ["linear", "conv"])
+@pytest.mark.parametrize("patch_embed", ["linear", "conv", "whitened"])
 def test_saving_and_loading_is_bit_equal(patch_embed: str) -> None:
     model = make(patch_embed=patch_embed, router_noise=True)
     for module in model.modules():

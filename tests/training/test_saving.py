@@ -27,6 +27,12 @@ ALL_RANDOMNESS = [
 ]
 """269 pictures: 5 batches, 3 optimizer steps an epoch (the last one of a single ragged batch), 9 in all."""
 
+FAST = [
+    *("--epochs", "2", "--batch_size", "64", "--patch_embed", "whitened", "--stem_width", "8"),
+    *("--optimizer", "muon", "--expert_lr_scale", "0.5"),
+]
+"""What a fast recipe is made of: 5 optimizer steps an epoch, 10 in all."""
+
 TIMES = ("seconds", "images_per_second", "train_seconds")
 
 
@@ -118,6 +124,14 @@ class TestExactResume:
                 cli("train", *flags)
         assert cli("train", *flags, "--resume").code == 0
         assert_same_run(tmp_path, in_one_go)
+
+    def test_of_a_fast_recipe(self, monkeypatch, cli, tiny_flags, tmp_path):
+        flags = [*tiny_flags, *FAST, "--save_dir"]
+        assert cli("train", *flags, tmp_path / "whole").code == 0
+        send_at(monkeypatch, Trainee, "step", [2, 5, 7], signal.SIGTERM)
+        codes = [cli("train", *flags, tmp_path / "parts", *resume).code for resume in ((), *[("--resume",)] * 3)]
+        assert codes == [143, 143, 143, 0]
+        assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
     def test_of_a_finished_run_changes_nothing(self, cli, own_run):
         files = ["digits_model.pth", "digits/last.ckpt", "digits/metrics.json", "digits/history.csv"]

@@ -37,7 +37,8 @@ ALIKE = {
 OWN_WITH_SECONDS = {"epochs", "batch_size", "accumulation_steps", "crop_padding", "flip", "erase"}
 """But for these where arms have equal time: each may use it as suits it."""
 OF_PICTURES = (
-    *("img_size", "patch_size", "in_channels", "embed_dim", "num_heads", "img_encoder_layers", "num_classes"),
+    *("img_size", "patch_size", "in_channels", "stem_width", "embed_dim", "num_heads", "img_encoder_layers"),
+    "num_classes",
     *("dropout", "activation", "layer_norm_eps", "initializer_range", "position_range", "use_gradient_checkpointing"),
     *("attention", "vocab_size", "max_text_len", "text_embed_dim", "text_encoder_layers"),
     *("cross_modal_alignment_weight", "contrastive_loss_weight"),

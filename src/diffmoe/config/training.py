@@ -10,7 +10,7 @@ from diffmoe.config.errors import MAX_SEED, check, check_at_least, check_at_most
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """The training loop: AdamW, warm-up, cosine."""
+    """The training loop: AdamW or Muon, warm-up, cosine."""
 
     epochs: int = 10
     """Passes over the training split."""
@@ -18,10 +18,17 @@ class TrainingConfig:
     """Pictures of one forward pass, over all devices."""
     accumulation_steps: int = 1
     """Batches whose gradients are averaged before one optimizer step."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """'muon' moves the layers' weights by orthogonalised momentum (Jordan et al. 2024), which learns in fewer epochs,
+    and leaves embeddings, heads, norms and biases to AdamW."""
     lr: float = 0.0005
-    """Peak learning rate."""
+    """Peak learning rate of AdamW."""
+    muon_lr: float = 0.02
+    """Peak learning rate of Muon."""
+    expert_lr_scale: float = 1.0
+    """Learning rate of the routed experts, over that of the rest."""
     weight_decay: float = 0.01
-    """AdamW's weight decay; norms, biases and embeddings get none."""
+    """Weight decay of matrices; norms, biases and embeddings get none."""
     warmup_fraction: float = 0.05
     """Share of the steps in which the learning rate rises to its peak."""
     final_lr_fraction: float = 0.01
@@ -46,7 +53,8 @@ class TrainingConfig:
         check_at_least(self, 0, "weight_decay", "clip_norm", "patience", "seed", "max_seconds")
         check(self.max_seconds < float("inf"), "max_seconds", self.max_seconds, "finite")
         check_at_most(self, MAX_SEED, "seed", "batch_size")
-        check(0 < self.lr < float("inf"), "lr", self.lr, "over 0 and finite")
+        for name in ("lr", "muon_lr", "expert_lr_scale"):
+            check(0 < getattr(self, name) < float("inf"), name, getattr(self, name), "over 0 and finite")
         check_fraction(self, "warmup_fraction", "label_smoothing")
         check(0 <= self.final_lr_fraction <= 1, "final_lr_fraction", self.final_lr_fraction, "from 0 to 1")
 

@@ -1,11 +1,10 @@
-"""The parts that a block is made of: expert FFN, patch embedding, attention.
+"""The parts that a block is made of: expert FFN and attention.
 
-Shapes: B batch, N query tokens, S context tokens, D width, H heads, C channels.
+Shapes: B batch, N query tokens, S context tokens, D width, H heads.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -68,83 +67,6 @@ class Expert(nn.Module):
         """(..., D) -> (..., D)."""
         hidden = self.dropout1(self.activation(self.fc1(self.norm(x))))
         return self.dropout2(self.fc2(hidden))
-
-
-class PatchEmbed(nn.Module):
-    """Patch embedding: pictures to tokens, (B, C, H, W) -> (B, N, D).
-
-    `linear` is ViT's Conv2d with kernel = stride = patch. `conv` is a convolutional stem (Xiao et al. 2021, "Early
-    convolutions help transformers see better"): 3x3 convolutions with BatchNorm, halving the picture log2(patch)
-    times; what a small model on a CPU needs to learn in minutes.
-
-    Args:
-        img_size: height and width the position embedding is made for; other sizes that the patch divides work too.
-        patch_size: pixels a side; must divide the picture's height and width.
-        in_channels: C.
-        embed_dim: D.
-        kind: linear or conv.
-    """
-
-    def __init__(
-        self, img_size: int = 28, patch_size: int = 4, in_channels: int = 1, embed_dim: int = 512, kind: str = "linear"
-    ) -> None:
-        super().__init__()
-        _check_divides(patch_size, img_size, img_size)
-        self.patch_size = patch_size
-        self.grid_size = img_size // patch_size
-        self.num_patches = self.grid_size**2
-        if kind == "conv":
-            self.projection = _conv_stem(patch_size, in_channels, embed_dim)
-        else:
-            self.projection = nn.Conv2d(in_channels, embed_dim, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) float -> (B, N, D), N = (H / patch) * (W / patch), row by row."""
-        _check_divides(self.patch_size, *images.shape[-2:])
-        # Channels last: the convolutions run about twice as fast on a CPU, and the tokens come out contiguous.
-        features = self.projection(images.contiguous(memory_format=torch.channels_last))
-        return features.flatten(2).transpose(1, 2)
-
-
-def _check_divides(patch_size: int, height: int, width: int) -> None:
-    if height % patch_size or width % patch_size:
-        raise ValueError(f"a picture of {height}x{width} cannot be cut into patches of {patch_size}x{patch_size}")
-
-
-def _conv_stem(patch_size: int, in_channels: int, embed_dim: int) -> nn.Sequential:
-    """Two 3x3 convolutions and a halving, until a patch is one pixel; widths double up to D, which a last one makes."""
-    halvings = int(math.log2(patch_size))
-    layers: list[nn.Module] = []
-    width_in = in_channels
-    for halving in range(halvings):
-        width = max(embed_dim >> (halvings - halving), 16)
-        layers += [ConvNorm(width_in, width), ConvNorm(width, width), nn.MaxPool2d(2)]
-        width_in = width
-    return nn.Sequential(*layers, ConvNorm(width_in, embed_dim))
-
-
-class ConvNorm(nn.Sequential):
-    """3x3 convolution, BatchNorm, ReLU; in evaluation the norm is folded into the convolution.
-
-    There it is a fixed scale and shift of each channel, which on their own would cost a pass over all pictures.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        convolution = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
-        super().__init__(convolution, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(B, in_channels, H, W) -> (B, out_channels, H, W)."""
-        if self.training:
-            return super().forward(input)
-        convolution, norm, _ = self
-        assert isinstance(convolution, nn.Conv2d)
-        assert isinstance(norm, nn.BatchNorm2d)
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        weight = convolution.weight * scale[:, None, None, None]
-        return F.conv2d(input, weight, norm.bias - norm.running_mean * scale, padding=1).relu_()
 
 
 class Attention(nn.Module):

@@ -17,9 +17,10 @@ from diffmoe import losses
 from diffmoe.config import ModelConfig
 from diffmoe.model.encoders import CrossModalFusion, Encoded, ImageEncoder, TextEncoder, UnifiedModalEncoder
 from diffmoe.model.gather import gather_rows, world_size
-from diffmoe.model.layers import PatchEmbed, full_precision, widened
+from diffmoe.model.layers import full_precision, widened
 from diffmoe.model.moe import GeneralExperts
 from diffmoe.model.outputs import ImageFeatures, Losses, Output, TextFeatures
+from diffmoe.model.patch_embed import PatchEmbed
 from diffmoe.model.routers import Router
 from diffmoe.model.routing import Routing
 from diffmoe.model.sequence import CaptionCache, Context, KeyValues, TokenSequence
@@ -45,7 +46,9 @@ class MultiModalMoE(nn.Module):
         super().__init__()
         self.config = config
         width, eps = config.embed_dim, config.layer_norm_eps
-        self.patch_embed = PatchEmbed(config.img_size, config.patch_size, config.in_channels, width, config.patch_embed)
+        self.patch_embed = PatchEmbed(
+            config.img_size, config.patch_size, config.in_channels, width, config.patch_embed, config.stem_width
+        )
         self.image_position = nn.Parameter(torch.zeros(1, config.num_patches, width))
         self.token_embedding = nn.Embedding(config.vocab_size, config.text_embed_dim)
         self.token_projection = nn.Linear(config.text_embed_dim, width)

@@ -23,7 +23,7 @@ from diffmoe.model.experts import ExpertWeights
 from diffmoe.model.heads import Head
 from diffmoe.model.layers import evaluating
 from diffmoe.model.moe import GeneralExperts
-from diffmoe.model.routers import Plan
+from diffmoe.model.routing import Plan
 from diffmoe.profiling.parts import METHODS, ORDER, count_by_part, module_parts
 from diffmoe.profiling.throughput import Batch, Contender
 

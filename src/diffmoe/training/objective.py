@@ -85,7 +85,7 @@ class Trainee:
         """
         fabric = self.fabric
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("scale", 1.0)
         pictures = [len(batch[0]) for batch in window]
         targets = torch.stack([torch.as_tensor(self.model.num_targets(batch)) for batch in window]).float()
         sums: Sums = {"pictures": torch.tensor(float(sum(pictures))), "targets": targets.sum()}

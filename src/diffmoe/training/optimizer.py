@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import nn
 from torch.optim import AdamW
 
 from diffmoe.config import TrainingConfig
+from diffmoe.model.experts import ExpertWeights
+from diffmoe.model.moe import GeneralExperts
+from diffmoe.training.muon import Muon
+
+MOMENTUM = 0.95
+"""Muon's."""
+BLOCKS = ("image_encoder.", "text_encoder.", "fusion.")
+"""Where Muon has the layers' weights."""
+NOT_BY_MUON = ("keys", "noise.weight")
+"""Weights in blocks that are no maps from tokens to tokens: a router's table of experts, and how much it is shaken."""
 
 
 def learning_rate(step: float, total_steps: int, config: TrainingConfig) -> float:
     """Learning rate of optimizer step `step` (from 0): a linear rise to the peak, then a cosine down.
 
-    Between two steps, where time says how far training is.
+    It is `lr`'s; that of a parameter group is `scale` times as large. A step may lie between two, where time says how
+    far training is.
     """
     warmup = math.ceil(config.warmup_fraction * total_steps)
     if step < warmup:
@@ -24,13 +36,45 @@ def learning_rate(step: float, total_steps: int, config: TrainingConfig) -> floa
 
 
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> AdamW:
-    """AdamW, fused, with weight decay on matrices only: not on biases, norms, embeddings or positions."""
-    decayed: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
+    """Of all weights that are not frozen: AdamW, fused; with optimizer 'muon' `Muon` for the layers' weights.
+
+    Weight decay is on matrices only: not on biases, norms, embeddings or positions. Each parameter group has its
+    `scale`: its peak learning rate over `lr`.
+    """
+    experts = {
+        id(weight) for pool in model.modules() if isinstance(pool, GeneralExperts) for weight in _stacked(pool.weights)
+    }
+    groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        leaf = name.rsplit(".", 1)[-1]
-        # The routed experts stack E vectors into a matrix: the leaf's name tells a bias from a weight.
-        is_matrix = parameter.dim() >= 2 and (leaf == "weight" or leaf.endswith("_weight") or leaf == "keys")
-        (decayed if is_matrix and "embedding" not in name else others).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return AdamW(groups, lr=config.lr, betas=(0.9, 0.98), fused=True)
+        if not parameter.requires_grad:
+            continue
+        is_matrix = _is_matrix(name, parameter)
+        by_muon = config.optimizer == "muon" and is_matrix and _is_layer(name, parameter)
+        scale = (config.muon_lr / config.lr if by_muon else 1.0) * (
+            config.expert_lr_scale if id(parameter) in experts else 1.0
+        )
+        groups.setdefault((is_matrix, by_muon, scale), []).append(parameter)
+    made: list[dict[str, Any]] = []
+    for (is_matrix, by_muon, scale), parameters in groups.items():
+        decay = config.weight_decay if is_matrix else 0.0
+        group = {"params": parameters, "lr": scale * config.lr, "scale": scale, "weight_decay": decay}
+        made.append(group | ({"momentum": MOMENTUM} if by_muon else {}))
+    kind = Muon if config.optimizer == "muon" else AdamW
+    return kind(made, lr=config.lr, betas=(0.9, 0.98), fused=True)
+
+
+def _stacked(weights: ExpertWeights) -> tuple[nn.Parameter, ...]:
+    return tuple(weight for weight in weights if isinstance(weight, nn.Parameter))
+
+
+def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    leaf = name.rsplit(".", 1)[-1]
+    # The routed experts stack E vectors into a matrix: the leaf's name tells a bias from a weight.
+    is_weight = leaf == "weight" or leaf.endswith("_weight") or leaf == "keys"
+    return parameter.dim() >= 2 and is_weight and "embedding" not in name
+
+
+def _is_layer(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a matrix maps features to features: a convolution or a block's layer; no embedding, no head."""
+    in_block = any(part in name for part in BLOCKS) and not name.endswith(NOT_BY_MUON)
+    return parameter.dim() == 4 or in_block

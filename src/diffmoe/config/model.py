@@ -176,7 +176,7 @@ class ModelConfig:
             f"a multiple of patch_size ({self.patch_size})",
         )
         if self.architecture != "moe":
-            check(self.dense, "dense", self.dense, f"true with architecture {self.architecture!r}")
+            object.__setattr__(self, "dense", True)  # a baseline routes nothing
             check(self.classify_with == "image", "classify_with", self.classify_with, "'image' with a baseline")
         power_of_two = self.patch_size & (self.patch_size - 1) == 0
         if self.patch_embed == "conv":

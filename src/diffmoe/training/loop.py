@@ -128,7 +128,7 @@ def fit(
         while (
             progress.epoch < config.epochs
             and not _is_stale(progress, config)
-            and _steps_worth(trainee, progress, total_steps) < total_steps
+            and (progress.window or _steps_worth(trainee, progress, total_steps) < total_steps)
         ):
             trainee.objective.train()
             begun = range(progress.step - progress.window, progress.step)

@@ -123,8 +123,8 @@ def train_run(settings: Settings, tell: Tell = print) -> dict[str, Any] | None:
         return files.read_metrics() if fabric.is_global_zero else None
 
 
-def test_run(settings: Settings, tell: Tell = print) -> dict[str, Any]:
-    """Score a model file on the test split: updates `metrics.json`, draws the pictures, tells the figures.
+def test_run(settings: Settings, tell: Tell = print, draw: bool = True) -> dict[str, Any]:
+    """Score a model file on the test split: updates `metrics.json`, draws the pictures (`draw`), tells the figures.
 
     Returns what `metrics.json` holds. Raises `UserError`.
     """
@@ -151,7 +151,8 @@ def test_run(settings: Settings, tell: Tell = print) -> dict[str, Any]:
         runtime = Runtime(fabric.device, settings.data.num_workers, fabric.autocast)
         tested = task.test(model.to(fabric.device), data, runtime, settings)
         files.update_metrics({"dataset": data.name, "mode": settings.mode, **parameter_counts(model), **tested.metrics})
-        _draw(tested.figures, files, pictures, settings, task)
+        if draw:
+            _draw(tested.figures, files, pictures, settings, task)
         for name, text in tested.texts.items():
             write_atomically(pictures / name, lambda unfinished, text=text: unfinished.write_text(text, "utf-8"))
     tell(f"test, {len(data.test):,} pictures")

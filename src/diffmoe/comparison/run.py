@@ -172,9 +172,9 @@ def execute(runs: Sequence[Run], jobs: int, overwrite: bool, advance: Advance) -
 
 
 def train_and_test(settings: Settings) -> None:
-    """A whole run, quietly."""
+    """A whole run, quietly, without its pictures: `diffmoe test` draws them."""
     train_run(settings, _silent)
-    test_run(settings, _silent)
+    test_run(settings, _silent, draw=False)
 
 
 @contextmanager

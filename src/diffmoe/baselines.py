@@ -34,12 +34,12 @@ class Baseline(Classifier):
 
     kind = "baseline"
     decides_in = frozenset()
-    backbone: nn.Module  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.backbone, width = NETWORKS[config.architecture](config)
+        network, width = NETWORKS[config.architecture](config)
+        self.backbone = network  # pyright: ignore[reportIncompatibleVariableOverride] - it has no towers
         self.head = nn.Linear(width, config.num_classes)
         nn.init.normal_(self.head.weight, std=config.initializer_range)
         nn.init.zeros_(self.head.bias)

@@ -198,8 +198,7 @@ class TestTimeLimit:
 
         monkeypatch.setattr(trainee, "step", watch)
         recorder = Recorder()
-        hooks = Hooks(recorder.validate, recorder.save, lambda progress: None, recorder.estimates.append)
-        return fit(trainee, ListBatches(2, 2, 2, 2), hooks, Progress()), rates
+        return fit(trainee, ListBatches(2, 2, 2, 2), recorder.hooks(), Progress()), rates
 
     def test_it_ends_in_mid_epoch_and_the_rate_came_down_to_its_end(self, monkeypatch):
         fields: dict[str, Any] = {"lr": 1.0, "warmup_fraction": 0.0, "final_lr_fraction": 0.0, "epochs": 1000}

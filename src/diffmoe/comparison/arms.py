@@ -104,6 +104,9 @@ ARMS: dict[str, Callable[[Settings], Settings]] = {
     "timm": lambda settings: _baseline(settings, architecture="timm", expansion_factor=4),
 }
 
+WITH_TEXT = ("moe", "dense")
+"""Those that read texts too; the others are baselines for classes alone."""
+
 
 def parse_arms(words: Sequence[str], argv: Sequence[str], match: Match, prog: str) -> list[Arm]:
     """The arms that the words name, of the settings that `argv` gives. Raises `UserError` where they are not alike."""

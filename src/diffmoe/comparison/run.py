@@ -26,12 +26,13 @@ from typing import Any
 
 import torch
 
-from diffmoe.comparison.arms import Arm
+from diffmoe.comparison.arms import WITH_TEXT, Arm
 from diffmoe.config import UserError, dataset_name
 from diffmoe.config.settings import Settings
 from diffmoe.files import write_atomically
 from diffmoe.runs import ELSEWHERE, check_run, test_run, train_run
 from diffmoe.storage.run_files import RunFiles
+from diffmoe.tasks import task_of_data
 from diffmoe.training.loop import StopRequested
 
 COMPARED = ("test_accuracy", "i2t_r1", "t2i_r1", "bleu4", "cider")
@@ -230,10 +231,11 @@ def work() -> None:
 def check(arms: Sequence[Arm], equal_time: bool) -> None:
     """Before any data is read: each arm can be trained, and its files written. Raises `UserError`."""
     for run in plan(arms, 1, "", equal_time):
+        data = run.settings.data
+        if run.arm.kind not in WITH_TEXT and task_of_data(data).data_kind != "classification":
+            raise UserError(f"arm {run.arm.name} tells classes apart: {data.dataset} has captions")
         with naming(run):
-            task = check_run(run.settings, trains=True)
-        if task.data_kind != "classification" and run.settings.model.architecture != "moe":
-            raise UserError(f"arm {run.arm.name} tells classes apart: {run.settings.data.dataset} has captions")
+            check_run(run.settings, trains=True)
 
 
 def _silent(_line: str) -> None:

@@ -76,6 +76,12 @@ class Head(nn.Module, ABC):
 class Classifier(Head):
     """A head that tells classes apart: its batches are pictures (B, C, H, W) and their labels (B,) int64."""
 
+    @abstractmethod
+    def run(
+        self, batch: Sequence[Tensor], *, need_weights: bool = False, need_losses: bool = False, **constants: Any
+    ) -> ClassifierOutput:
+        """Labels are read for the losses only."""
+
     def num_targets(self, batch: Sequence[Tensor]) -> int:
         """A picture is one."""
         return len(batch[0])

@@ -113,7 +113,7 @@ class Classification(Task):
         return lines
 
     def classify(self, model: Classifier, pictures: Tensor, constants: dict[str, Any]) -> Tensor:
-        return model.answer((pictures,), **constants).logits.softmax(-1).cpu()
+        return model.run((pictures,), **constants).logits.softmax(-1).cpu()
 
     def caption(self, model: Any, pictures: Tensor, config: GenerationConfig, seed: int) -> list[str]:
         """It cannot."""

@@ -80,7 +80,8 @@ def section(found: dict[str, Any]) -> str:
     threads = " or ".join(map(str, computer["threads"]))
     made = (
         f"Seeds {' '.join(map(str, found['seeds']))}; {runs_on}, {computer['cores']} cores, {threads} threads a run, "
-        f"{computer['jobs']} at once, load {computer['load']} at the end; torch {versions['torch']}, Python {versions['python']}; {found['date']}."
+        f"{computer['jobs']} at once, "
+        f"load {computer['load']} at the end; torch {versions['torch']}, Python {versions['python']}; {found['date']}."
     )
     changed = [
         f"- {arm}: " + ", ".join(f"{name} {value}" for name, value in of_arm["differs"].items())

@@ -20,7 +20,6 @@ from PIL import Image
 from tables import Row, judged, show
 
 from diffmoe.config import DataConfig
-from diffmoe.data.augmentation import Augmentation
 from diffmoe.data.batches import Batches
 from diffmoe.data.folders import FilePictures
 from diffmoe.data.loading import load_dataset
@@ -101,7 +100,7 @@ def spec(args: argparse.Namespace) -> PictureSpec:
 
 def measure(split: Split, args: argparse.Namespace) -> float:
     """Pictures per second over one epoch of the loader alone."""
-    augment = Augmentation(crop_padding=min(4, args.img_size - 1), flip=True)
+    augment = DataConfig(crop_padding=min(4, args.img_size - 1), flip=True)
     batches = Batches(
         split, args.batch_size, picture=spec(args), shuffle=True, augment=augment, num_workers=args.workers
     )

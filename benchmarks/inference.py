@@ -87,12 +87,12 @@ class Prediction:
     def __init__(self, model: ImageClassifier, mode: str, device: str) -> None:
         self.model, self.mode, self.device = model.to(device).eval(), mode, device
         with torch.inference_mode():
-            self.constants = self.model.constants()
+            self.descriptions = self.model.class_features()
 
     def __call__(self, images: Tensor) -> Tensor:
         """(B, C, size, size) -> logits (B, classes)."""
         with torch.inference_mode(), float32_products(self.mode), autocast(self.mode, self.device):
-            return self.model.classify(images, **self.constants).logits
+            return self.model.classify(images, classes=self.descriptions).logits
 
 
 def compare_generation(preset: str, args: argparse.Namespace) -> list[Row]:

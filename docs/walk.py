@@ -67,7 +67,7 @@ def walk(folder: Path) -> None:
     print("\nA picture: Predictor(...).classify('digit.png')")
     Image.new("L", (20, 20)).save(folder / "digit.png")
     predictor = Predictor(folder / "digits_model.pth", "cpu")
-    _ = predictor.constants  # the descriptions of the classes are read once, before
+    _ = predictor.classes  # their descriptions are read once, before
     with (
         stop_at(PictureSpec, "decode", "decoded"),
         stop_at(PictureSpec, "normalize", "normalised"),

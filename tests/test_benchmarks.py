@@ -438,6 +438,25 @@ def test_captions_are_written_to_their_full_length() -> None:
     assert torch.equal(inference.Generation(model, args, use_cache=False)(images)[0], together)
 
 
+def test_the_constant_caption_has_the_commonest_words() -> None:
+    train = [["a dog runs in the grass ."], ["a dog in the snow", "a cat"], ["two men in the park play"]]
+    # Counting captions: a 3, dog 2, in 3, the 3; of those with 4 or 5 words "a dog in the snow" has most on average.
+    assert caption_baselines.constant_caption(train, max_words=5) == "a dog in the snow"
+
+
+def test_the_nearest_picture_is_the_same_one_whatever_its_brightness_or_size() -> None:
+    gallery = torch.randint(0, 256, (6, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    asked = (gallery[[4, 0, 2]].float() * 0.5 + 20).to(torch.uint8)
+    assert caption_baselines.nearest_pictures(asked, gallery, size=16, chunk=2).tolist() == [4, 0, 2]
+
+
+def test_word_vectors_compare_words() -> None:
+    vectors = caption_baselines.word_vectors(["a dog", "dog a", "cat", "unknown"], ["a dog", "a cat"])
+    assert (vectors[0] @ vectors[1]).item() == pytest.approx(1)
+    assert (vectors[0] @ vectors[2]).item() == 0
+    assert not vectors[3].any()
+
+
 def test_a_margin_and_its_error_are_those_of_a_mean(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda _: None)  # no Java: METEOR's processes would take a minute
     written = ["a dog runs", "a man in a hat", "two men", "a dog on the grass", "the red boat", "a child"]

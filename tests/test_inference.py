@@ -149,7 +149,8 @@ class TestTexts:
         rows = classifier.compare(drawn, "the number one", top=10)
         cosines = classifier.embed_images(drawn) @ classifier.embed_texts("the number one")[0]
         assert [row["similarity"] for row in rows] == pytest.approx(cosines.tolist(), abs=1e-6)
-        classes = classifier.constants["classes"].embedding
+        assert classifier.classes is not None
+        classes = classifier.classes.embedding
         given_text = (classifier.backbone.scale * classes @ classifier.embed_texts("the number one")[0]).softmax(-1)
         both = classifier.probabilities(drawn) * given_text.detach()
         for row, expected in zip(rows, both / both.sum(1, keepdim=True), strict=True):

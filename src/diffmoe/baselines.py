@@ -10,7 +10,7 @@ Shapes: B pictures, C channels, N places of the last feature map or tokens, W wi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Self
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from diffmoe.config import ModelConfig, UserError
 from diffmoe.model.heads import Classifier
 from diffmoe.model.layers import full_precision, widened
-from diffmoe.model.outputs import ClassifierOutput, ImageFeatures, Losses
+from diffmoe.model.outputs import ClassifierOutput, ImageFeatures, Losses, TextFeatures
 from diffmoe.model.patch_embed import ConvNorm, PatchEmbed, StemConv
 
 
@@ -52,7 +52,12 @@ class Baseline(Classifier):
         return type(self)(config)
 
     def run(
-        self, batch: Sequence[Tensor], *, need_weights: bool = False, need_losses: bool = False, **constants: Any
+        self,
+        batch: Sequence[Tensor],
+        *,
+        classes: TextFeatures | None = None,
+        need_weights: bool = False,
+        need_losses: bool = False,
     ) -> ClassifierOutput:
         """Pictures (B, C, H, W); there are no attention maps to return, and no losses of its own but zeros."""
         features = self.backbone(batch[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -26,6 +27,12 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             unfinished.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def as_json(value: object, indent: int) -> str:
+    """As JSON, every character as it is; what is no UTF-8, of a name, becomes an escape."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def check_writable(folder: Path) -> None:
@@ -55,12 +62,12 @@ def check_outside_data(folder: Path, data: DataConfig, flag: str, default: str) 
 
     Links are followed. `flag` is the one that leads there, and `default` a name for what would be right.
     """
-    place = _data_folder(data)
-    if place is not None and folder.resolve().is_relative_to(place.resolve()):
-        raise UserError(
-            f"{flag} leads to {folder}, in {place}, the folder of the data: what is written there would be read as "
-            f"data; give another, such as --{flag} {place.resolve()}_{default}"
-        )
+    for place in map(_data_folder, data.sets):
+        if place is not None and folder.resolve().is_relative_to(place.resolve()):
+            raise UserError(
+                f"{flag} leads to {folder}, in {place}, the folder of the data: what is written there would be read as "
+                f"data; give another, such as --{flag} {place.resolve()}_{default}"
+            )
 
 
 def _data_folder(data: DataConfig) -> Path | None:

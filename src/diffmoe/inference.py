@@ -25,6 +25,7 @@ from diffmoe.evaluation.experts import BlockRouting
 from diffmoe.hardware import pick_device, use_fast_matmul
 from diffmoe.model.encoders import AttentionMap
 from diffmoe.model.multimodal import MultiModalMoE
+from diffmoe.model.outputs import TextFeatures
 from diffmoe.storage.model_files import load_model_file
 from diffmoe.tasks import task_of_model
 
@@ -81,10 +82,10 @@ class Predictor:
         return self.task.reads_texts(self.model)
 
     @cached_property
-    def constants(self) -> dict[str, Any]:
-        """What the model is handed with every batch: class descriptions, say, which are read once."""
+    def classes(self) -> TextFeatures | None:
+        """The descriptions of the classes, read once; None where the model has none."""
         with torch.inference_mode(False), torch.no_grad():  # ordinary tensors, whoever asks first
-            return self.model.constants()
+            return self.model.class_features()
 
     def read(self, pictures: Pictures) -> Tensor | LazyImages:
         """As uint8 (N, C, H, W) of the model's size. Raises `UserError` naming a file that is no picture."""
@@ -107,7 +108,7 @@ class Predictor:
     def probabilities(self, pictures: Pictures) -> Tensor:
         """Of each class, (N, classes) float32 on the CPU. Raises `UserError` where the model has no classes."""
         with torch.inference_mode():
-            chunks = [self.task.classify(self.model, part, self.constants) for part in self._batches(pictures)]
+            chunks = [self.task.classify(self.model, part, self.classes) for part in self._batches(pictures)]
         return torch.cat(chunks).clone()
 
     def zero_shot(self, pictures: Pictures, labels: Sequence[str], templates: Sequence[str] = TEMPLATES) -> list[Row]:
@@ -155,9 +156,9 @@ class Predictor:
         cosines = self.embed_images(pictures) @ self.embed_texts([text])[0]
         rows: list[Row] = [{"similarity": cosine} for cosine in cosines.tolist()]
         with torch.inference_mode():
-            told: list[Row] = []
+            told: list[dict[str, object]] = []
             for part in self._batches(pictures):
-                told += self.task.compare(self.model, part, text, self.constants)
+                told += self.task.compare(self.model, part, text, self.classes)
         for row, more in zip(rows, told, strict=True):
             row |= {name: self._ranked(v, top) if isinstance(v, Tensor) else v for name, v in more.items()}
         return self._rows(pictures, rows)

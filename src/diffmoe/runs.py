@@ -10,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
+from matplotlib.figure import Figure
 
 from diffmoe.config import ModelConfig, UserError, dataset_name
 from diffmoe.config.settings import Settings, parse_settings
@@ -225,7 +226,7 @@ def _clean() -> Iterator[None]:
                 torch.distributed.destroy_process_group()
 
 
-def _settings(mode: str, flags: dict[str, Any]) -> Settings:
+def _settings(mode: str, flags: Mapping[str, object]) -> Settings:
     words = {name: str(v) if isinstance(v, str | Path) else json.dumps(v) for name, v in flags.items()}
     return parse_settings([f"--{name}={word}" for name, word in words.items()], prog=f"diffmoe.{mode}", mode=mode)
 
@@ -244,7 +245,7 @@ def _start_from(settings: Settings, model: Head, data: Dataset, tell: Tell) -> N
             tell(line)
 
 
-def _shared(settings: Settings, model: Head, data: Dataset, fabric: Fabric) -> dict[str, Any]:
+def _shared(settings: Settings, model: Head, data: Dataset, fabric: Fabric) -> dict[str, object]:
     """What decides how a run goes on: a resumed one must have it in common with the one that it resumes."""
     groups = (model.config, settings.training, settings.data)
     fields = {name: value for group in groups for name, value in dataclasses.asdict(group).items()}
@@ -265,7 +266,7 @@ def _introduce(task: Task, model: Head, data: Dataset, fabric: Fabric, tell: Tel
         tell(f"note: {note}")
 
 
-def _draw(figures: dict[str, Any], files: RunFiles, folder: Path, settings: Settings, task: Task) -> None:
+def _draw(figures: Mapping[str, Figure], files: RunFiles, folder: Path, settings: Settings, task: Task) -> None:
     from diffmoe.visualization import figures as drawn
 
     show = settings.visualization

@@ -316,6 +316,12 @@ class TestAddress:
         assert (result.code, result.err.count("\n")) == (2, 1)
         assert "it must be a folder of pictures" in result.err
 
+    def test_the_gallery_of_a_user_without_a_home(self, cli, folder, free_port, monkeypatch):
+        monkeypatch.setattr("os.path.expanduser", lambda path: path)
+        result = cli("app", "--port", free_port(), "--gallery", "~/pictures")
+        assert (result.code, result.err.count("\n")) == (2, 1)
+        assert "~/pictures begins with ~, and this user has no home" in result.err
+
     def test_without_gradio_it_says_how_to_get_it(self, cli, monkeypatch):
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
         result = cli("app")

@@ -7,7 +7,7 @@ from torch import Generator, Tensor
 from torch.nn.functional import pad
 
 from diffmoe.config import DataConfig
-from diffmoe.data.augmentation import Augmentation, crop_and_flip, erase
+from diffmoe.data.augmentation import crop_and_flip, erase
 
 
 def pictures(count: int, channels: int = 3, height: int = 7, width: int = 6) -> Tensor:
@@ -26,7 +26,7 @@ def windows(picture: Tensor, padding: int) -> list[list[int]]:
 @given(padding=st.integers(0, 5), channels=st.sampled_from([1, 3]), seed=st.integers(0, 100))
 def test_every_crop_is_a_window_of_its_reflected_picture(padding: int, channels: int, seed: int) -> None:
     images = pictures(4, channels)
-    cropped = crop_and_flip(images, Augmentation(crop_padding=padding), Generator().manual_seed(seed))
+    cropped = crop_and_flip(images, DataConfig(crop_padding=padding), Generator().manual_seed(seed))
     assert cropped.shape == images.shape
     assert cropped.dtype == torch.uint8
     for image, crop in zip(images, cropped, strict=True):
@@ -36,7 +36,7 @@ def test_every_crop_is_a_window_of_its_reflected_picture(padding: int, channels:
 def test_crops_take_every_window_about_equally_often() -> None:
     count, padding = 9000, 1
     images = pictures(1).expand(count, -1, -1, -1)
-    cropped = crop_and_flip(images, Augmentation(crop_padding=padding), Generator().manual_seed(0))
+    cropped = crop_and_flip(images, DataConfig(crop_padding=padding), Generator().manual_seed(0))
     found, times = torch.unique(cropped.flatten(1), dim=0, return_counts=True)
     assert sorted(found.tolist()) == sorted(windows(images[0], padding))
     assert ((times - 1000).abs() < 5 * 1000**0.5).all()  # five standard deviations of a share of 1/9
@@ -44,7 +44,7 @@ def test_crops_take_every_window_about_equally_often() -> None:
 
 def test_half_of_the_pictures_are_mirrored_and_the_others_left() -> None:
     images = pictures(1000)
-    out = crop_and_flip(images, Augmentation(flip=True), Generator().manual_seed(0))
+    out = crop_and_flip(images, DataConfig(flip=True), Generator().manual_seed(0))
     kept = (out == images).flatten(1).all(1)
     mirrored = (out == images.flip(-1)).flatten(1).all(1)
     assert (kept ^ mirrored).all()
@@ -53,7 +53,7 @@ def test_half_of_the_pictures_are_mirrored_and_the_others_left() -> None:
 
 def test_crop_and_flip_together_is_the_mirror_of_a_window() -> None:
     images = pictures(30)
-    out = crop_and_flip(images, Augmentation(crop_padding=2, flip=True), Generator().manual_seed(0))
+    out = crop_and_flip(images, DataConfig(crop_padding=2, flip=True), Generator().manual_seed(0))
     for image, picture in zip(images, out, strict=True):
         allowed = windows(image, 2)
         assert picture.flatten().tolist() in allowed or picture.flip(-1).flatten().tolist() in allowed
@@ -82,8 +82,3 @@ def test_erased_area_is_between_a_fiftieth_and_a_third() -> None:
     assert share.min() > 0.015
     assert share.max() < 0.36
     assert share.max() > 0.28
-
-
-def test_augmentation_comes_from_the_config() -> None:
-    assert Augmentation.from_config(DataConfig(crop_padding=3, flip=True, erase=0.2)) == Augmentation(3, True, 0.2)
-    assert Augmentation.from_config(DataConfig()) == Augmentation()

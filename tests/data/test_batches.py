@@ -10,15 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from diffmoe.config import UserError
-from diffmoe.data.augmentation import Augmentation
+from diffmoe.config import DataConfig, UserError
 from diffmoe.data.batches import Batch, Batches
 from diffmoe.data.folders import FilePictures
 from diffmoe.data.pictures import LazyImages, PictureSpec
 from diffmoe.data.splits import Split
 
 PICTURE = PictureSpec(8, 3, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
-AUGMENT = Augmentation(crop_padding=2, flip=True, erase=0.5)
+AUGMENT = DataConfig(crop_padding=2, flip=True, erase=0.5)
 
 
 def numbered(count: int, size: int = 8) -> Split:
@@ -157,4 +156,4 @@ def test_what_cannot_be_shared_or_cropped_is_refused() -> None:
     with pytest.raises(UserError, match="batch_size is 7: it must be a multiple of the 2 devices"):
         batches(numbered(9), 7, shuffle=True, world_size=2)
     with pytest.raises(UserError, match="crop_padding is 8: it must be less than the pictures' 8 pixels"):
-        batches(numbered(9), 7, augment=Augmentation(crop_padding=8))
+        batches(numbered(9), 7, augment=DataConfig(crop_padding=8))

@@ -14,7 +14,7 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 from PIL import Image
 
 from diffmoe.config import DataConfig, UserError
-from diffmoe.data import hub, sources, tables
+from diffmoe.data import hub, sources
 from diffmoe.data.loading import load_dataset
 from diffmoe.data.pictures import PictureSpec
 from diffmoe.data.sources import check_dataset
@@ -28,6 +28,13 @@ def test_offline_and_not_cached() -> None:
         check_dataset(CIFAR10)
     assert "\n" not in str(caught.value)
     assert time.monotonic() - start < 10
+
+
+def test_a_user_without_a_home_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", Path("~/.cache/huggingface/datasets"))
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    with pytest.raises(UserError, match=r"datasets begins with ~, and this user has no home"):
+        check_dataset(CIFAR10)
 
 
 def test_a_hub_that_never_answers_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +89,7 @@ def download(monkeypatch: pytest.MonkeyPatch, **files: Path) -> None:
 
 def test_splits_that_number_the_classes_in_different_ways(monkeypatch: pytest.MonkeyPatch) -> None:
     splits = {"train": pets("cat", "dog"), "test": pets("dog", "cat")}
-    monkeypatch.setattr(tables, "load_hub", lambda _: splits)
+    monkeypatch.setattr(hub, "load_hub", lambda _: splits)
     monkeypatch.setattr(sources, "check_hub", lambda _: None)
     data = load_dataset(DataConfig(dataset="owner/pets"), PictureSpec(8, 1))
     for split in (data.train, data.validation, data.test):

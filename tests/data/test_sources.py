@@ -16,10 +16,10 @@ from tests.data.samples import captioned, labelled, load, pictures
 from diffmoe.config import DataConfig, UserError
 from diffmoe.data.captions import CaptionSplit
 from diffmoe.data.descriptions import class_descriptions, described_sets
+from diffmoe.data.parquet import ParquetSource
 from diffmoe.data.pictures import LazyImages, PictureSpec
 from diffmoe.data.sources import check_dataset, find_source
 from diffmoe.data.splits import Split
-from diffmoe.data.tables import ParquetSource
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import torch
+from tests.small import SMALL
 from torch import Tensor
 
 from diffmoe.config import ModelConfig
@@ -13,36 +15,31 @@ from diffmoe.evaluation.classification import predict
 from diffmoe.evaluation.experts import BlockRouting
 from diffmoe.model.captioner import Captioner
 from diffmoe.model.heads import Head, ImageClassifier, Score
-from diffmoe.model.outputs import ClassifierOutput, ImageFeatures
+from diffmoe.model.outputs import ClassifierOutput, ImageFeatures, TextFeatures
 
-SMALL: dict[str, Any] = {
-    "img_size": 8,
-    "embed_dim": 16,
-    "num_heads": 2,
-    "img_encoder_layers": 2,
-    "text_encoder_layers": 1,
-    "fusion_layers": 1,
-    "num_general_experts": 4,
-    "text_embed_dim": 8,
-    "vocab_size": 60,
-    "max_text_len": 6,
-    "num_classes": 3,
-    "dropout": 0.5,
-    "initializer_range": 0.3,
-}
+CONFIG = dataclasses.replace(
+    SMALL,
+    img_encoder_layers=2,
+    num_general_experts=4,
+    expansion_factor=4,
+    vocab_size=60,
+    max_text_len=6,
+    dropout=0.5,
+    initializer_range=0.3,
+)
 
 
 def classifier(descriptions: bool = False, **fields: Any) -> ImageClassifier:
     """Of 8x8 pictures in 3 classes, in training mode."""
     torch.manual_seed(0)
     tokens = torch.randint(60, (3, 2, 6)) if descriptions else None
-    return ImageClassifier(ModelConfig(**{**SMALL, **fields}), tokens).train()
+    return ImageClassifier(dataclasses.replace(CONFIG, **fields), tokens).train()
 
 
 def captioner(output_tokens: Tensor | None = None, **fields: Any) -> Captioner:
     """Of 8x8 pictures, with a vocabulary of 60, in training mode."""
     torch.manual_seed(0)
-    return Captioner(ModelConfig(**{**SMALL, **fields}), output_tokens).train()
+    return Captioner(dataclasses.replace(CONFIG, **fields), output_tokens).train()
 
 
 def pictures(sizes: tuple[int, ...] = (5, 3)) -> Iterator[tuple[Tensor, Tensor]]:
@@ -119,3 +116,9 @@ def answer(embedding: Tensor, logits: Tensor, zero_shot_logits: Tensor | None = 
     """What a head makes of pictures."""
     image = ImageFeatures(embedding[:, None], embedding, embedding)
     return ClassifierOutput(embedding=embedding, image=image, logits=logits, zero_shot_logits=zero_shot_logits)
+
+
+def number(value: float) -> TextFeatures:
+    """Classes that stand for one number."""
+    t = torch.tensor(value)
+    return TextFeatures(tokens=t, features=t, mask=t, mean=t, pooled=t, embedding=t, first=t)

@@ -8,15 +8,12 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from diffmoe.config import UserError
 from diffmoe.evaluation import captions
 from diffmoe.evaluation.captions import (
     caption_metrics,
-    constant_caption,
     missing_metrics,
-    nearest_pictures,
     normalize_captions,
 )
 
@@ -135,15 +132,3 @@ def test_normalised_as_stanfords_tokenizer_does_on_flickr8k(data_dir: Path) -> N
     texts = [text for column in table.columns for text in column.to_pylist()]
     pairs = zip(stanford(texts), normalize_captions(texts), strict=True)
     assert [pair for pair in pairs if pair[0] != pair[1]] == []
-
-
-def test_the_constant_caption_has_the_commonest_words() -> None:
-    train = [["a dog runs in the grass ."], ["a dog in the snow", "a cat"], ["two men in the park play"]]
-    # Counting captions: a 3, dog 2, in 3, the 3; of those with 4 or 5 words "a dog in the snow" has most on average.
-    assert constant_caption(train, max_words=5) == "a dog in the snow"
-
-
-def test_the_nearest_picture_is_the_same_one_whatever_its_brightness_or_size() -> None:
-    gallery = torch.randint(0, 256, (6, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    asked = (gallery[[4, 0, 2]].float() * 0.5 + 20).to(torch.uint8)
-    assert nearest_pictures(asked, gallery, size=16, chunk=2).tolist() == [4, 0, 2]

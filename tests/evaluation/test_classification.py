@@ -157,11 +157,8 @@ class TinyModel(StubHead):
         self.head = nn.Linear(8, 3)
         self.zero_shot = zero_shot
 
-    def constants(self) -> dict[str, Any]:
-        return {"shift": 0.0}
-
-    def run(self, batch: Sequence[Tensor], *, shift: float, **options: Any) -> ClassifierOutput:
-        features = self.trunk(batch[0]) + shift
+    def run(self, batch: Sequence[Tensor], **_: Any) -> ClassifierOutput:
+        features = self.trunk(batch[0])
         return answer(features, self.head(features), features[:, :3] if self.zero_shot else None)
 
 
@@ -212,11 +209,6 @@ class TestPredict:
 
     def test_a_model_without_descriptions(self):
         assert predict(TinyModel(), batches_of(8)).zero_shot_logits is None
-
-    def test_constants_go_with_every_batch(self, model: TinyModel):
-        plain, shifted = predict(model, batches_of(8)), predict(model, batches_of(8), constants={"shift": 2.0})
-        assert plain.zero_shot_logits is not None
-        torch.testing.assert_close(shifted.zero_shot_logits, plain.zero_shot_logits + 2)
 
     def test_no_pictures(self, model: TinyModel):
         with pytest.raises(ValueError, match="no pictures"):

@@ -10,18 +10,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.evaluation.models import StubHead, answer
+from tests.evaluation.models import StubHead, answer, number
 from torch import Tensor
 
 from diffmoe.config import UserError
 from diffmoe.evaluation.embedding import FEWEST_FOR_TSNE, MOST_POINTS, embed, project, sample
-from diffmoe.model.outputs import ClassifierOutput
+from diffmoe.model.outputs import ClassifierOutput, TextFeatures
 
 
 class Doubled(StubHead):
     """Embeds a picture as twice its pixels, while it is not training."""
 
-    def run(self, batch: Sequence[Tensor], *, shift: float = 0.0, **options: Any) -> ClassifierOutput:
+    def run(self, batch: Sequence[Tensor], *, classes: TextFeatures | None = None, **options: Any) -> ClassifierOutput:
+        shift = 0.0 if classes is None else classes.embedding
         embedding = batch[0].flatten(1) * (math.nan if self.training else 2) + shift
         return answer(embedding, embedding)
 
@@ -39,7 +40,7 @@ class TestEmbed:
         images, labels = torch.randn(7, 1, 2, 2), torch.arange(7)
         model = Doubled().train()
         batches = list(zip(images.split(batch_size), labels.split(batch_size), strict=True))
-        embeddings, found = embed(model, batches, constants={"shift": 1.0})
+        embeddings, found = embed(model, batches, classes=number(1.0))
         assert torch.equal(embeddings, images.flatten(1) * 2 + 1)
         assert torch.equal(found, labels)
         assert model.training

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.evaluation.models import StubHead, answer, captioner, captions, classifier, pictures
+from tests.evaluation.models import StubHead, answer, captioner, captions, classifier, number, pictures
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,7 +18,7 @@ from diffmoe.evaluation.experts import RoutingCollector, trace_experts
 from diffmoe.evaluation.passes import Kept, Scores, finite_or_told, run_over
 from diffmoe.model.captioner import Captioner
 from diffmoe.model.heads import Head
-from diffmoe.model.outputs import ClassifierOutput
+from diffmoe.model.outputs import ClassifierOutput, TextFeatures
 
 
 def bfloat16() -> torch.autocast:
@@ -32,15 +32,16 @@ class Watched(StubHead):
         super().__init__()
         self.calls: list[tuple[str, Any]] = []
 
-    def constants(self) -> dict[str, Any]:
-        self.calls.append(("constants", torch.is_autocast_enabled("cpu")))
-        return {"shift": 1.0}
+    def class_features(self) -> TextFeatures:
+        self.calls.append(("classes", torch.is_autocast_enabled("cpu")))
+        return number(1.0)
 
-    def run(self, batch: Sequence[Tensor], *, shift: float, **options: Any) -> ClassifierOutput:
+    def run(self, batch: Sequence[Tensor], *, classes: TextFeatures | None = None, **options: Any) -> ClassifierOutput:
         assert not self.training
         assert not torch.is_grad_enabled()
         self.calls.append(("run", torch.is_autocast_enabled("cpu")))
-        return answer(batch[0].flatten(1), batch[0].flatten(1) + shift)
+        assert classes is not None
+        return answer(batch[0].flatten(1), batch[0].flatten(1) + classes.embedding)
 
 
 class Watching:
@@ -58,7 +59,7 @@ class TestRunOver:
     def test_one_pass_gives_each_collector_what_it_would_get_alone(self) -> None:
         model = classifier(descriptions=True, classify_with="descriptions")
         predictions, routing = Kept(take_predictions), RoutingCollector()
-        run_over(model, pictures(), predictions, routing)
+        run_over(model, pictures(), predictions.add, routing.add)
         found, alone = as_predictions(predictions), predict(model, pictures())
         assert torch.equal(found.logits, alone.logits)
         assert torch.equal(found.labels, alone.labels)
@@ -70,17 +71,17 @@ class TestRunOver:
             assert torch.equal(block.gates, other.gates)
 
     def test_the_model_runs_in_the_number_format_and_what_is_made_of_it_does_not(self) -> None:
-        """And its constants are computed once for all batches, in that format too."""
+        """And its classes are read once for all batches, in that format too."""
         model = Watched().train()
-        run_over(model, pictures(), Watching(model), autocast=bfloat16)
-        assert model.calls == [("constants", True), ("run", True), ("add", False), ("run", True), ("add", False)]
+        run_over(model, pictures(), Watching(model).add, autocast=bfloat16)
+        assert model.calls == [("classes", True), ("run", True), ("add", False), ("run", True), ("add", False)]
         assert model.training
 
-    def test_constants_that_are_given_are_taken(self) -> None:
+    def test_classes_that_are_given_are_taken(self) -> None:
         model = Watched()
         watching = Watching(model)
-        run_over(model, pictures(), watching, constants={"shift": 5.0})
-        assert "constants" not in dict(model.calls)
+        run_over(model, pictures(), watching.add, classes=number(5.0))
+        assert "classes" not in dict(model.calls)
         images = torch.cat([images for images, _ in pictures()])
         assert torch.equal(torch.cat(watching.logits), images.flatten(1) + 5)
 
@@ -94,7 +95,7 @@ class TestRunOver:
         with pytest.raises(
             UserError, match=r"the model's outputs are not finite: .* train it with a lower lr"
         ) as caught:
-            run_over(model, pictures(), Scores(model))
+            run_over(model, pictures(), Scores(model).add)
         assert "\n" not in str(caught.value)
         assert model.training
 
@@ -141,7 +142,7 @@ class TestScores:
         assert 0 < right.float().mean() < 1
         for batches in (captions(), one_by_one(captions())):
             scores = Scores(model)
-            run_over(model, batches, scores)
+            run_over(model, batches, scores.add)
             assert scores.num_targets == len(loss)
             assert scores.num_pictures == 6
             assert scores.loss == pytest.approx(float(loss.mean()), rel=1e-5)
@@ -153,7 +154,7 @@ class TestScores:
         logits = predict(model, [(images, labels)]).logits
         for sizes in ([5, 3], [8], [1, 7]):
             scores = Scores(model)
-            run_over(model, zip(images.split(sizes), labels.split(sizes), strict=True), scores)
+            run_over(model, zip(images.split(sizes), labels.split(sizes), strict=True), scores.add)
             assert (scores.num_targets, scores.num_pictures) == (8, 8)
             assert scores.loss == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-5)
             assert scores.accuracy == int((logits.argmax(1) == labels).sum()) / 8  # exactly: it is a count
@@ -161,7 +162,7 @@ class TestScores:
     def test_without_a_target_there_is_no_score(self) -> None:
         model = captioner(torch.tensor([0]))  # it can write what no caption has
         scores = Scores(model)
-        run_over(model, captions(), scores)
+        run_over(model, captions(), scores.add)
         assert (scores.num_targets, scores.num_pictures) == (0, 6)
         assert math.isnan(scores.loss)
         assert math.isnan(scores.accuracy)
@@ -171,8 +172,8 @@ class TestScores:
         model = make()
         plain, rounded = Scores(model), Scores(model)
         batches = list(captions() if isinstance(model, Captioner) else pictures())
-        run_over(model, batches, plain)
-        run_over(model, batches, rounded, autocast=bfloat16)
+        run_over(model, batches, plain.add)
+        run_over(model, batches, rounded.add, autocast=bfloat16)
         assert rounded.loss == pytest.approx(plain.loss, rel=0.02)
         assert rounded.loss != plain.loss
         assert rounded.num_targets == plain.num_targets

@@ -9,32 +9,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.small import SMALL
 from torch import Tensor
 
-from diffmoe.config import GenerationConfig, ModelConfig, UserError
+from diffmoe.config import GenerationConfig, UserError
 from diffmoe.data import text
 from diffmoe.model import captioner, dispatch
 from diffmoe.model.captioner import END_ID, START_ID, Captioner
 from diffmoe.model.multimodal import init_weights
 from diffmoe.model.sequence import Context
 
-CONFIG = ModelConfig(
-    img_size=8,
-    patch_size=4,
-    in_channels=1,
-    embed_dim=16,
-    num_heads=2,
-    img_encoder_layers=1,
-    text_encoder_layers=2,
-    fusion_layers=2,
-    num_general_experts=3,
-    expansion_factor=2,
-    dropout=0.0,
-    vocab_size=text.VOCAB_SIZE,
-    max_text_len=10,
-    text_embed_dim=8,
-    use_gradient_checkpointing=False,
-)
+CONFIG = dataclasses.replace(SMALL, text_encoder_layers=2, fusion_layers=2, vocab_size=text.VOCAB_SIZE, max_text_len=10)
 WORDS = torch.tensor([3, 320, 400, 539, 1000, 2000, 40000])
 OUTPUT = torch.cat([WORDS, torch.tensor([END_ID])])
 V = len(OUTPUT)

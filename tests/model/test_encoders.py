@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.small import SMALL
 from torch import Tensor, nn
 
 from diffmoe.config import ModelConfig
@@ -19,16 +20,8 @@ from diffmoe.model.parameters import count_parameters
 from diffmoe.model.sequence import Context, KeyValues, TokenSequence
 
 WIDTH, WIDE = 16, 64
-CONFIG = ModelConfig(
-    embed_dim=WIDTH,
-    num_heads=2,
-    img_encoder_layers=2,
-    text_encoder_layers=2,
-    fusion_layers=2,
-    num_general_experts=4,
-    expansion_factor=2,
-    dropout=0.0,
-    use_gradient_checkpointing=False,
+CONFIG = dataclasses.replace(
+    SMALL, embed_dim=WIDTH, img_encoder_layers=2, text_encoder_layers=2, fusion_layers=2, num_general_experts=4
 )
 MASK = torch.arange(6) < torch.tensor([[6], [4]])  # (B, N): padding on the right of the second row
 

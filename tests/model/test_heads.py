@@ -9,30 +9,14 @@ from typing import Any, Literal
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.small import SMALL
 from torch import Tensor
 
-from diffmoe.config import ModelConfig
 from diffmoe.model.heads import ImageClassifier
 from diffmoe.model.outputs import TextFeatures
 
 CLASSES, SENTENCES, B = 3, 2, 6
-CONFIG = ModelConfig(
-    img_size=8,
-    patch_size=4,
-    embed_dim=16,
-    num_heads=2,
-    img_encoder_layers=1,
-    text_encoder_layers=1,
-    fusion_layers=1,
-    num_general_experts=3,
-    expansion_factor=2,
-    num_classes=CLASSES,
-    dropout=0.0,
-    vocab_size=30,
-    max_text_len=5,
-    text_embed_dim=8,
-    use_gradient_checkpointing=False,
-)
+CONFIG = dataclasses.replace(SMALL, num_classes=CLASSES, max_text_len=5)
 CLASS_TOKENS = torch.arange(1, 25).view(CLASSES, SENTENCES, 4)  # all sentences differ
 CLASS_MASK = torch.tensor([[[1, 1, 1, 1], [1, 1, 1, 0]]]).expand(CLASSES, -1, -1)
 LABELS = torch.arange(B) % CLASSES

@@ -11,33 +11,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.small import SMALL
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from diffmoe import losses
-from diffmoe.config import ModelConfig
 from diffmoe.model.moe import GeneralExperts
 from diffmoe.model.multimodal import MultiModalMoE, init_weights
 from diffmoe.model.routers import AttentiveRouter
 from diffmoe.model.sequence import Context, TokenSequence
 
-CONFIG = ModelConfig(
-    img_size=8,
-    patch_size=4,
-    in_channels=2,
-    embed_dim=16,
-    num_heads=2,
-    img_encoder_layers=2,
-    text_encoder_layers=1,
-    fusion_layers=2,
-    num_general_experts=3,
-    expansion_factor=2,
-    dropout=0.0,
-    vocab_size=30,
-    max_text_len=8,
-    text_embed_dim=8,
-    use_gradient_checkpointing=False,
-)
+CONFIG = dataclasses.replace(SMALL, in_channels=2, img_encoder_layers=2, fusion_layers=2)
 B, N, T, D, E, K = 3, 4, 5, 16, 3, 2
 TOKENS = torch.tensor([[1, 9, 4, 7, 2], [1, 8, 2, 0, 0], [1, 5, 3, 2, 0]])
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0]])

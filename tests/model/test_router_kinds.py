@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffmoe.config import ModelConfig
+from diffmoe.evaluation.experts import BlockRouting, class_expert_counts, coactivation, tokens_per_expert
 from diffmoe.model.encoders import UnifiedModalEncoder
 from diffmoe.model.moe import GeneralExperts
 from diffmoe.model.multimodal import init_weights
 from diffmoe.model.routers import ROUTERS, Router
+from diffmoe.model.routing import at
 from diffmoe.model.sequence import TokenSequence
 
 SENDING = ("attentive", "picture", "expert_choice", "hash", "random")
@@ -209,3 +211,17 @@ def test_a_twin_is_as_loud_at_the_start(router: str, gate: str, top_k: int, gate
     config = dataclasses.replace(CONFIG, router=router, gate=gate, top_k=top_k, gate_scale=gate_scale)  # type: ignore[arg-type]
     x = torch.randn(8, 64, 64, generator=torch.Generator().manual_seed(0))
     assert loudness(config, x) == pytest.approx(loudness(config.dense_twin(), x), rel=0.1)
+
+
+def test_what_is_counted_of_a_routing_with_empty_places() -> None:
+    """Expert choice leaves places empty: in the maps, counts and pairs of the evaluation they are nobody's."""
+    _, routing = pool_of("expert_choice")(randn(3, SEQUENCE, WIDTH))
+    block = BlockRouting.of(at(routing, "image", 0))
+    assert block.real.all()
+    assert tokens_per_expert(block).tolist() == routing.tokens_per_expert.tolist()
+    counts = class_expert_counts(block, torch.tensor([0, 1, 1]), 2)
+    assert counts.sum(0).tolist() == routing.tokens_per_expert.tolist()
+    assert coactivation(block).diagonal().tolist() == routing.tokens_per_expert.tolist()
+    gates = block.gates
+    assert (gates[..., :-1] >= gates[..., 1:]).all()  # best first
+    assert ((block.expert_ids >= 0) == (gates > 0)).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from math import log, sqrt
 from typing import Any
 
@@ -10,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.model.pools import WIDTH, randn
+from tests.small import SMALL
 from torch import Tensor, nn
 
-from diffmoe.config import ModelConfig
 from diffmoe.model.captioner import Captioner
 from diffmoe.model.moe import GeneralExperts
 from diffmoe.model.multimodal import MultiModalMoE
@@ -173,19 +174,7 @@ class LooksAhead(ByPosition):
     causal = False
 
 
-CONFIG = ModelConfig(
-    img_size=8,
-    embed_dim=16,
-    num_heads=2,
-    img_encoder_layers=1,
-    text_encoder_layers=1,
-    fusion_layers=1,
-    vocab_size=30,
-    text_embed_dim=8,
-    dropout=0.0,
-    use_gradient_checkpointing=False,
-    router="by-position",
-)
+CONFIG = dataclasses.replace(SMALL, num_general_experts=4, router="by-position")
 
 
 def test_another_router_is_one_class_and_no_other_change(monkeypatch: pytest.MonkeyPatch) -> None:

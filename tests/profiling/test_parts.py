@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+import dataclasses
 
-from diffmoe.config import ModelConfig
+import pytest
+from tests.small import SMALL
+
 from diffmoe.model.captioner import Captioner
 from diffmoe.model.heads import ImageClassifier
 from diffmoe.profiling.parts import METHODS, ORDER, count_by_part, module_parts
 
-CONFIG = ModelConfig(
-    img_size=8,
-    patch_size=4,
-    embed_dim=16,
-    num_heads=2,
-    img_encoder_layers=1,
-    text_encoder_layers=1,
-    fusion_layers=1,
-    num_general_experts=3,
-    top_k=2,
-    vocab_size=50,
-    text_embed_dim=8,
-    num_classes=5,
-)
+CONFIG = dataclasses.replace(SMALL, expansion_factor=4, vocab_size=50, num_classes=5)
 
 
 @pytest.mark.parametrize("kind", [Captioner, ImageClassifier])

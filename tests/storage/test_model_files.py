@@ -17,29 +17,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.small import SMALL
 from torch import Tensor
 
 from diffmoe import load_model
-from diffmoe.config import DataConfig, ModelConfig, UserError
+from diffmoe.config import DataConfig, UserError
 from diffmoe.model.captioner import Captioner
 from diffmoe.model.heads import ImageClassifier
 from diffmoe.storage.model_files import MODEL_FORMAT, DataInfo, ModelFile, load_model_file, read, save_model
 
-CONFIG = ModelConfig(
-    img_size=8,
-    patch_size=2,
-    patch_embed="conv",
-    embed_dim=16,
-    num_heads=2,
-    img_encoder_layers=1,
-    text_encoder_layers=1,
-    fusion_layers=1,
-    expansion_factor=2,
-    vocab_size=20,
-    max_text_len=6,
-    text_embed_dim=4,
-    num_classes=3,
-    classify_with="descriptions",
+CONFIG = dataclasses.replace(
+    SMALL, patch_size=2, patch_embed="conv", vocab_size=20, max_text_len=6, classify_with="descriptions"
 )
 INFO = DataInfo("pets", ("bird", "cat", "dog"), (0.5,), (0.25,), 0.1, 0.2, 7)
 
@@ -76,7 +64,7 @@ class TestSaveAndLoad:
             assert torch.equal(found[name], expected[name])
 
     def test_without_descriptions(self, tmp_path):
-        config = ModelConfig(**{**CONFIG.__dict__, "classify_with": "image"})
+        config = dataclasses.replace(CONFIG, classify_with="image")
         save_model(tmp_path / "model.pth", ImageClassifier(config), INFO)
         out = load_model(tmp_path / "model.pth")(torch.zeros(1, 1, 8, 8))
         assert "zero_shot_logits" not in out

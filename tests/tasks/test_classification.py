@@ -37,7 +37,7 @@ def test_a_model_gets_as_many_classes_as_the_data_has(digits: Dataset, tiny_flag
 
 def test_class_tokens_are_the_descriptions() -> None:
     names = ("airplane", "cat")
-    tokens, mask = class_tokens("cifar10", names, 32)
+    tokens, mask = class_tokens(class_descriptions("cifar10", names), 32)
     sentences = class_descriptions("cifar10", names)
     assert tokens.shape == mask.shape == (2, len(sentences[0]), tokens.shape[-1])
     for row, expected in zip(tokens, sentences, strict=True):

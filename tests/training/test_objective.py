@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.small import SMALL
 from tests.training.trainees import Batch, ListBatches, Regression, made_of, make_trainee
 from torch import Tensor, nn
 
@@ -20,20 +21,8 @@ from diffmoe.model.multimodal import MultiModalMoE
 from diffmoe.model.outputs import ClassifierOutput, Losses, Output
 from diffmoe.training.objective import Objective, means
 
-CONFIG = ModelConfig(
-    img_size=8,
-    embed_dim=16,
-    num_heads=2,
-    img_encoder_layers=2,
-    text_encoder_layers=1,
-    fusion_layers=1,
-    expansion_factor=1,
-    num_classes=3,
-    dropout=0.0,
-    vocab_size=VOCAB_SIZE,
-    text_embed_dim=8,
-    max_text_len=8,
-    use_gradient_checkpointing=False,
+CONFIG = dataclasses.replace(
+    SMALL, img_encoder_layers=2, num_general_experts=4, expansion_factor=1, vocab_size=VOCAB_SIZE
 )
 OWN_LOSSES_OFF = {
     field.name: 0.0 for field in dataclasses.fields(ModelConfig) if field.name.endswith(("loss_weight", "ment_weight"))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
 import torch
 from lightning_fabric import Fabric
+from tests.small import SMALL
 
-from diffmoe.config import ModelConfig, TrainingConfig
+from diffmoe.config import TrainingConfig
 from diffmoe.model.heads import ImageClassifier
 from diffmoe.training.objective import Trainee
 from diffmoe.training.optimizer import learning_rate, make_optimizer
@@ -58,21 +60,9 @@ DECAYED = (
 
 
 def make_model(patch_embed: str = "conv") -> ImageClassifier:
-    config = ModelConfig(
-        img_size=8,
-        patch_size=2,
-        patch_embed=patch_embed,
-        embed_dim=16,
-        num_heads=2,
-        img_encoder_layers=1,
-        text_encoder_layers=1,
-        fusion_layers=1,
-        vocab_size=20,
-        text_embed_dim=4,
-        router_noise=True,
-        classify_with="descriptions",
-    )
-    return ImageClassifier(config, torch.ones(10, 1, 6, dtype=torch.int64))
+    fields = {"patch_embed": patch_embed, "router_noise": True, "classify_with": "descriptions"}
+    config = dataclasses.replace(SMALL, patch_size=2, num_classes=10, **fields)
+    return ImageClassifier(config, torch.ones(config.num_classes, 1, 6, dtype=torch.int64))
 
 
 def test_weight_decay_is_on_matrices_only():

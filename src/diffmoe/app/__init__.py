@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffmoe.config import UserError
+from diffmoe.config import UserError, expanded
 
 if TYPE_CHECKING:  # it comes with matplotlib
     from diffmoe.visualization.language import Language
@@ -120,7 +120,7 @@ def upload_folder() -> Iterator[Path]:
 def _folder(gallery: str | None) -> Path | None:
     if gallery is None:
         return None
-    folder = Path(gallery).expanduser().resolve()
+    folder = Path(expanded(gallery)).resolve()
     if not folder.is_dir():
         raise UserError(f"gallery is {gallery!r}: it must be a folder of pictures")
     return folder

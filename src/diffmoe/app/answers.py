@@ -128,15 +128,11 @@ class Answers:
                 say("{folder} is no folder of the gallery: only its folders may be searched.", folder=folder)
             )
         root, gallery = self.gallery / folder, self.gallery
-        names = (Path(name).as_posix() for name in picture_files(root))
-        names = tuple(name for name in names if _is_file_within((root / name).resolve(), gallery))
+        files = ((Path(name).as_posix(), (root / name).resolve()) for name in picture_files(root))
+        names = tuple(name for name, file in files if file.is_relative_to(gallery) and file.is_file())
         if not names:
             raise UserError(say("The folder {folder} of the gallery has no pictures.", folder=folder))
         return root, names
-
-
-def _is_file_within(path: Path, folder: Path) -> bool:
-    return path.is_relative_to(folder) and path.is_file()
 
 
 def _check_reads_texts(used: Predictor) -> None:

@@ -168,7 +168,7 @@ async def _refuse(request: Request, error: Exception) -> JSONResponse:
     return _refusal(422)
 
 
-APP_SETTINGS: dict[str, Any] = {
+APP_SETTINGS: dict[str, object] = {
     "middleware": [Middleware(RequestGuard)],
     "exception_handlers": {RequestValidationError: _refuse},  # FastAPI's own repeats all that was sent
 }

@@ -12,7 +12,7 @@ from gradio.component_meta import ComponentMeta
 class WritesNoStub(ComponentMeta):
     """gradio's metaclass, less that it writes a `.pyi` file beside every file that derives from a component."""
 
-    def __new__(cls, name: str, bases: tuple[type, ...], attributes: dict[str, Any]) -> Any:
+    def __new__(cls, name: str, bases: tuple[type, ...], attributes: dict[str, object]) -> Any:
         return ABCMeta.__new__(cls, name, bases, attributes)
 
 

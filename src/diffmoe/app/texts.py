@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from diffmoe.app.answers import FOUND
 from diffmoe.visualization.language import say
 
 
-def texts() -> dict[str, dict[str, Any]]:
+def texts() -> dict[str, dict[str, str]]:
     """What is written on each part of the page, in the current language."""
     no_gallery = say("There is no gallery: start the page with --gallery DIR, a folder of pictures.")
     return {

@@ -40,7 +40,7 @@ def caption(
     output_dir: str | None,
     device: str,
     overwrite: bool = False,
-) -> list[dict[str, Any]]:
+) -> list[dict[str, str]]:
     """A caption for each picture file, saved as `captions.json` and drawn as `captions.png` in `output_dir`, if any.
 
     What an earlier call wrote is replaced; other files of these names only where told to `overwrite`. Its own are a

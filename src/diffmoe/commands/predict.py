@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from diffmoe.commands.parsing import model_parser, print_predictions, show
 from diffmoe.config import UserError
+
+if TYPE_CHECKING:
+    from diffmoe.inference import Row
 
 
 def main(argv: Sequence[str]) -> int:
@@ -20,15 +23,13 @@ def main(argv: Sequence[str]) -> int:
     return show(predict(args.images, args.checkpoint, args.top, args.device, args.text), args.json, print_predictions)
 
 
-def predict(
-    images: Sequence[str], checkpoint: str, top: int, device: str, text: str | None = None
-) -> list[dict[str, Any]]:
+def predict(images: Sequence[str], checkpoint: str, top: int, device: str, text: str | None = None) -> list[Row]:
     """A row a picture: `predictions` where the model has classes, and what `Predictor.compare` says of `text`."""
     from diffmoe.inference import Predictor
 
     used = Predictor(checkpoint, device)
     pictures = used.read(images)
-    rows: list[dict[str, Any]] = [{} for _ in images]
+    rows: list[Row] = [{} for _ in images]
     if text is None and not used.has_classes:
         raise UserError(f"{checkpoint} has no classes: diffmoe caption writes captions; predict needs --text with it")
     found = [used.classify(pictures, top)] if used.has_classes else []

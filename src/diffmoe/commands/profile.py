@@ -103,19 +103,11 @@ def _profile(
     parts, peak, recorded = measure(one, lambda: draw(size), is_real, steps)
     groups = grouped(parts)
     speeds = [*tqdm(race(contenders, batch_sizes, draw, steps), "throughput", leave=False, disable=None)]
-    pictures = {"costs": costs_by_part(groups), "throughput": throughput(speeds)}
+    drawn = {"costs": costs_by_part(groups), "throughput": throughput(speeds)}
     if trace:
         write_atomically(folder / "trace.json", lambda unfinished: recorded.export_chrome_trace(str(unfinished)))
     return {
-        "dataset": settings.data.dataset,
-        "checkpoint": run.checkpoint,
-        "task": type(model).__name__,
-        "model": asdict(model.config),
-        "device": str(fabric.device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "batch_size": size,
-        "steps": steps,
+        **_setting(settings, one, steps),
         **_totals(one, draw(size)),
         "dense": _totals(twins[0], draw(size)) if twins else None,
         "step_ms": sum(row["ms"] for row in parts),
@@ -126,12 +118,29 @@ def _profile(
         "grouped": groups,
         "throughput": speeds,
         "notes": [*notes, *(note.format(steps=steps) for note in NOTES)],
-        "pictures": [str(save(f, folder / f"{name}.{show.figure_format}", show.dpi)) for name, f in pictures.items()],
+        "pictures": [str(save(f, folder / f"{name}.{show.figure_format}", show.dpi)) for name, f in drawn.items()],
         "trace": str(folder / "trace.json") if trace else None,
     }
 
 
-def _totals(contender: Contender, batch: Batch) -> dict[str, Any]:
+def _setting(settings: Settings, contender: Contender, steps: int) -> dict[str, object]:
+    """What is profiled, and where."""
+    import torch
+
+    return {
+        "dataset": settings.data.dataset,
+        "checkpoint": settings.run.checkpoint,
+        "task": type(contender.model).__name__,
+        "model": asdict(contender.model.config),
+        "device": str(contender.fabric.device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "batch_size": contender.config.batch_size,
+        "steps": steps,
+    }
+
+
+def _totals(contender: Contender, batch: Batch) -> dict[str, float]:
     """Parameters, and FLOPs of each picture of a batch."""
     from diffmoe.model.parameters import parameter_counts
     from diffmoe.profiling.costs import flop_counter

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.ticker import EngFormatter
@@ -10,7 +10,7 @@ from matplotlib.ticker import EngFormatter
 WHOLE = ("parameters_total", "parameters_active", "inference_flops_per_image", "training_flops_per_image")
 
 
-def print_profile(result: dict[str, Any]) -> None:
+def print_profile(result: Mapping[str, Any]) -> None:
     """The tables of a profile; their columns are called as in its JSON."""
     print(f"{result['dataset']}, {result['task']}, on {result['device']} ({result['threads']} threads)\n")
     models = {"this model": result} | ({"dense": result["dense"]} if result["dense"] else {})
@@ -25,7 +25,7 @@ def print_profile(result: dict[str, Any]) -> None:
     print(*(f"- {note}" for note in result["notes"]), f"written: {', '.join(files)}", sep="\n")
 
 
-def _print_table(rows: Sequence[dict[str, Any]]) -> None:
+def _print_table(rows: Sequence[Mapping[str, str | float]]) -> None:
     short = EngFormatter(places=2, sep="")  # 1230000 is 1.23M
     cells = [
         [v if isinstance(v, str) else f"{v:.4g}" if abs(v) < 1000 else short(v) for v in row.values()] for row in rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     return show(retrieve(args.pop("checkpoint"), args.pop("gallery"), **args), as_json, _print_found)
 
 
-def _print_found(found: dict[str, Any]) -> None:
+def _print_found(found: Mapping[str, Any]) -> None:
     for row in found["results"]:
         print(f"  {row['similarity']:6.3f}  {row['item']}")
     print(f"picture: {found['picture']}   index: {found['index']}")
@@ -74,19 +74,8 @@ def retrieve(
 ) -> dict[str, Any]:
     """Search, and draw what was found: `{query, index, picture, results: [{item, similarity}]}`.
 
-    Args:
-        checkpoint: model file.
-        gallery: a folder of pictures, or a dataset (its `split`).
-        text: asks for pictures of the gallery.
-        image: a picture file; asks for texts.
-        sentences: file of texts, one a line; default: the gallery's captions.
-        data_dir: folder that holds the dataset.
-        split: of a dataset: train, validation or test.
-        index: file that keeps the embeddings; default `<output_dir>/<gallery>/<pictures or texts>.safetensors`.
-        overwrite: make the index again where it is of another model or gallery.
-        top: how many to find.
-        output_dir: for the index and the picture.
-        device: where to compute.
+    The arguments are the flags of `diffmoe retrieve`; the index is `<output_dir>/<gallery>/<kind>.safetensors` unless
+    named. Raises `UserError`.
     """
     if (text is None) == (image is None):
         raise UserError("retrieve needs either --text, which asks for pictures, or --image, which asks for texts")
@@ -94,7 +83,7 @@ def retrieve(
         raise UserError(f"split is {split!r}: it must be train, validation or test")
     from diffmoe.files import check_outside_data, check_writable
     from diffmoe.inference import Predictor
-    from diffmoe.storage.index import Index, gallery_fingerprint, model_fingerprint
+    from diffmoe.visualization import captions, figures
 
     folder = Path(output_dir) / dataset_name(gallery)
     check_writable(folder)
@@ -102,21 +91,17 @@ def retrieve(
     used = Predictor(checkpoint, device)
     query = used.embed_texts([text]) if text is not None else used.embed_images(str(image))
     found = _open_gallery(used, gallery, data_dir, split)
-    wanted = found.names if text is not None else _texts(found, sentences)
-    kind = "pictures" if text is not None else "texts"
-    key = found.key if text is not None else gallery_fingerprint(wanted)
-    path = Path(index) if index else folder / f"{kind}.safetensors"
-    stored = _open_index(path, model_fingerprint(used.model), key, overwrite)
-    if stored is None:
-        embeddings = used.embed_images(found.images) if text is not None else used.embed_texts(wanted)
-        stored = Index(embeddings, tuple(wanted), kind, model_fingerprint(used.model), key)
-        stored.save(path)
+    texts = _texts(found, sentences) if text is None else None
+    path = Path(index) if index else folder / f"{'pictures' if texts is None else 'texts'}.safetensors"
+    stored = _open_index(path, used, found, texts, overwrite)
     scores, rows = (tensor[0] for tensor in stored.search(query, top))
-    picture = _draw(used, found, text, image, stored, scores, rows, folder)
-    results = [
-        {"item": stored.items[row], "similarity": score}
-        for row, score in zip(rows.tolist(), scores.tolist(), strict=True)
-    ]
+    items = [stored.items[row] for row in rows.tolist()]
+    if text is not None:
+        figure = captions.retrieval_grid(text, found.images[rows], scores)
+    else:
+        figure = captions.ranked_texts(used.read(str(image))[0], items, scores)
+    picture = figures.save(figure, folder / "retrieved.png")
+    results = [{"item": item, "similarity": score} for item, score in zip(items, scores.tolist(), strict=True)]
     return {"query": text or image, "index": str(path), "picture": str(picture), "results": results}
 
 
@@ -157,31 +142,18 @@ def _texts(gallery: Gallery, sentences: str | None) -> tuple[str, ...]:
     return texts
 
 
-def _open_index(path: Path, model: str, gallery: str, overwrite: bool) -> Index | None:
-    """The stored index where it is of this model and gallery; None where one must be made."""
-    from diffmoe.storage.index import Index
+def _open_index(path: Path, used: Predictor, gallery: Gallery, texts: tuple[str, ...] | None, overwrite: bool) -> Index:
+    """Of the gallery's pictures, or of `texts`: the stored one, which must be of this model and them, or a new one."""
+    from diffmoe.storage.index import Index, gallery_fingerprint, model_fingerprint
 
-    if not path.exists() or overwrite:
-        return None
-    stored = Index.load(path)
-    stored.check(path, model=model, gallery=gallery)
-    return stored
-
-
-def _draw(
-    used: Predictor,
-    gallery: Gallery,
-    text: str | None,
-    image: str | None,
-    index: Index,
-    scores: Tensor,
-    rows: Tensor,
-    folder: Path,
-) -> Path:
-    from diffmoe.visualization import captions, figures
-
-    if text is not None:
-        figure = captions.retrieval_grid(text, gallery.images[rows], scores)
+    model, key = model_fingerprint(used.model), gallery.key if texts is None else gallery_fingerprint(texts)
+    if path.exists() and not overwrite:
+        stored = Index.load(path)
+        stored.check(path, model=model, gallery=key)
+        return stored
+    if texts is None:
+        made = Index(used.embed_images(gallery.images), gallery.names, "pictures", model, key)
     else:
-        figure = captions.ranked_texts(used.read(str(image))[0], [index.items[row] for row in rows.tolist()], scores)
-    return figures.save(figure, folder / "retrieved.png")
+        made = Index(used.embed_texts(texts), texts, "texts", model, key)
+    made.save(path)
+    return made

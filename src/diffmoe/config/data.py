@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from diffmoe.config.errors import MAX_SEED, check, check_at_least, check_at_most, check_fraction, expand, expanded
 
@@ -24,7 +26,7 @@ class DataConfig:
 
     dataset: str = "digits"
     """digits, shapes, fashion_mnist, cifar10, flickr8k, a folder DIR/train/<class>/*.jpg or with a captions table,
-    or a hub name such as owner/name."""
+    or a hub name such as owner/name. Several sets of classes that one model learns: cifar10+fashion_mnist."""
     data_dir: str | None = None
     """Folder that holds <dataset>/*.parquet, <dataset>/train/<class>/* or a captions table, or is that folder; without
     it the set comes from the hub. A set of your own in it may be called digits or shapes."""
@@ -40,6 +42,9 @@ class DataConfig:
     """Augmentation: mirror half of the pictures left to right."""
     erase: float = 0.0
     """Augmentation: probability that a random rectangle of a picture is blanked."""
+    set_mixing: Literal["proportional", "equal"] = "proportional"
+    """Of several sets: as many pictures of each as it has, or ('equal') the smaller ones repeated until all have as
+    many in an epoch, give or take half of a set."""
     max_memory_gb: float = 4.0
     """A set larger than this, as uint8, is read in worker processes instead of being held in memory."""
     num_workers: int = 2
@@ -54,6 +59,21 @@ class DataConfig:
         check_at_most(self, MAX_SEED, "split_seed")
 
     @property
+    def sets(self) -> tuple[DataConfig, ...]:
+        """Of each of the sets that `dataset` names; itself where that is one. A set that the program brings is taken
+        from there where `data_dir` has none of its name.
+        """
+        names = self.dataset.split("+")
+        is_one = len(names) == 1 or not all(names)
+        if is_one or any(Path(root, self.dataset).exists() for root in (".", self.data_dir or ".")):
+            return (self,)
+        brought = {name for name in EMBEDDED_DATASETS if not Path(self.data_dir or "", name).exists()}
+        return tuple(
+            dataclasses.replace(self, dataset=name, data_dir=None if name in brought else self.data_dir)
+            for name in names
+        )
+
+    @property
     def built_in(self) -> bool:
         """Whether the program brings the set: what `data_dir` holds is the user's own, whatever it is called."""
         return self.dataset in EMBEDDED_DATASETS and self.data_dir is None
@@ -61,5 +81,8 @@ class DataConfig:
 
 def dataset_name(dataset: str) -> str:
     """The name that a set's files get: its own, or the last part of a path or hub name."""
+    names = dataset.split("+")
+    if len(names) > 1 and all(names) and not Path(dataset).exists():
+        return "+".join(map(dataset_name, names))
     path = Path(expanded(dataset))
     return (path.resolve() if path.name in ("", "..") else path).name or "data"  # `.` and `..` are no names

@@ -43,10 +43,12 @@ def recipe(dataset: str, preset: str | None = None) -> dict[str, Any]:
     """The fields that differ from the defaults for a dataset and a preset (None: the dataset's own).
 
     A recipe file holds the dataset's fields, `preset`, and under `presets` what goes with one preset there
-    (its epochs, its learning rate). Unknown sets use `configs/folder.yaml`.
+    (its epochs, its learning rate). Several sets at once use `configs/several.yaml`, unknown ones
+    `configs/folder.yaml`.
     """
-    path = config_dir() / f"{dataset_name(dataset)}.yaml"
-    fields = read_yaml(path if dataset in (*EMBEDDED_DATASETS, *HUB_DATASETS) else config_dir() / "folder.yaml")
+    unknown = "several" if "+" in dataset_name(dataset) else "folder"
+    name = dataset_name(dataset) if dataset in (*EMBEDDED_DATASETS, *HUB_DATASETS) else unknown
+    fields = read_yaml(config_dir() / f"{name}.yaml")
     by_preset = fields.pop("presets", {})
     default_preset = fields.pop("preset", "base")
     name = preset or default_preset
@@ -57,8 +59,7 @@ def recipe(dataset: str, preset: str | None = None) -> dict[str, Any]:
     return {**known[name], **fields, **by_preset.get(size, {})}
 
 
-def generation_config(dataset: str, **given: Any) -> GenerationConfig:
-    """How captions of a dataset's model are written: as its recipe says, but for the fields that are `given`."""
+def generation_config(dataset: str) -> GenerationConfig:
+    """How captions of a dataset's model are written, as its recipe says."""
     known = {field.name for field in dataclasses.fields(GenerationConfig)}
-    of_recipe = {name: value for name, value in recipe(dataset).items() if name in known}
-    return GenerationConfig(**{**of_recipe, **given})
+    return GenerationConfig(**{name: value for name, value in recipe(dataset).items() if name in known})

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from diffmoe.config import UserError
-from diffmoe.data.augmentation import Augmentation, crop_and_flip, erase
+from diffmoe.config import DataConfig, UserError
+from diffmoe.data.augmentation import crop_and_flip, erase
 from diffmoe.data.pictures import LazyImages, PictureSpec
 from diffmoe.data.splits import PictureSplit, Split
 
@@ -37,6 +37,7 @@ class PictureBatches(ABC, Generic[S]):
     `batch_size` is over all ranks: each takes its share of every batch. With `shuffle` (training) all ranks have
     equally many batches, the last one filled up from the epoch's first pictures until it divides; without it
     (evaluation) every picture comes exactly once, in the split's order, and a rank may have one batch less.
+    `augment`: training's `crop_padding`, `flip` and `erase`; None does nothing.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class PictureBatches(ABC, Generic[S]):
         device: str | torch.device = "cpu",
         shuffle: bool = False,
         seed: int = 0,
-        augment: Augmentation | None = None,
+        augment: DataConfig | None = None,
         rank: int = 0,
         world_size: int = 1,
         num_workers: int = 0,

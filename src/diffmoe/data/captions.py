@@ -42,22 +42,14 @@ class CaptionSplit(PictureSplit):
         return json.dumps(self.captions).encode()
 
 
-class CaptionTokens(NamedTuple):
-    """All captions of a split, picture by picture."""
+def caption_tokens(split: CaptionSplit, max_text_len: int) -> tuple[Tensor, Tensor, Tensor]:
+    """All M captions of a split, picture by picture; those over `max_text_len` are cut.
 
-    tokens: Tensor
-    """int64 (M, T)."""
-    mask: Tensor
-    """int64 (M, T), 1 at real tokens."""
-    image_of_text: Tensor
-    """int64 (M,), the picture of each."""
-
-
-def caption_tokens(split: CaptionSplit, max_text_len: int) -> CaptionTokens:
-    """Tokenize all captions of a split; those over `max_text_len` are cut."""
+    Tokens int64 (M, T), their mask (1 at real tokens), and the picture of each caption, int64 (M,).
+    """
     tokens, mask = tokenize(split.texts, max_text_len)
     counts = torch.tensor([len(texts) for texts in split.captions])
-    return CaptionTokens(tokens, mask, torch.arange(len(split)).repeat_interleave(counts))
+    return tokens, mask, torch.arange(len(split)).repeat_interleave(counts)
 
 
 def used_tokens(tokens: Tensor, mask: Tensor) -> Tensor:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffmoe.config import UserError, dataset_name
-from diffmoe.data.labels import listed_names
+from diffmoe.config import UserError, dataset_name, expanded
+from diffmoe.data.labels import LABEL_COLUMN, FileLabels, encode_labels, listed_names
+from diffmoe.data.pictures import LazyImages, PictureSpec
+from diffmoe.data.splits import SPLIT_ALIASES, ClassesAndSplits, Split
+from diffmoe.data.tables import Columns, TablePictures, check_task, content_fingerprint, with_captions
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder
@@ -17,6 +22,64 @@ if TYPE_CHECKING:
 REQUEST_SECONDS = 5
 PATIENCE_SECONDS = 8
 """For the whole answer: a request's own limit does not cover a name server that is silent."""
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A set on the hub, `owner/name`; downloaded when it is first looked into."""
+
+    name: str
+
+    @cached_property
+    def tables(self) -> dict[str, Dataset]:
+        """The set's splits, memory-mapped."""
+        hub = load_hub(self.name)
+        found = {split: [hub[alias] for alias in aliases if alias in hub] for split, aliases in SPLIT_ALIASES.items()}
+        tables = {split: candidates[0] for split, candidates in found.items() if candidates}
+        if "train" not in tables:
+            raise UserError(f"{self.name} on the hub has the splits {', '.join(hub)}: one must be named train")
+        check_task(
+            {split: Columns.of(table.column_names, f"{self.name} {split}") for split, table in tables.items()},
+            {split: f"{self.name} {split}" for split in tables},
+        )
+        return tables
+
+    def __len__(self) -> int:
+        return sum(map(len, self.tables.values()))
+
+    def fingerprint(self) -> str:
+        """Changes with the content of the library's files."""
+        return content_fingerprint(
+            {split: [Path(file["filename"]) for file in table.cache_files] for split, table in self.tables.items()}
+        )
+
+    def read(self, picture: PictureSpec, in_memory: bool) -> ClassesAndSplits:
+        """As `ParquetSource.read`; the tables stay memory-mapped either way."""
+        if self.has_captions:
+            return (), {
+                split: with_captions(self._pictures(split), picture, [table.data.select(self._columns(split).captions)])
+                for split, table in self.tables.items()
+            }
+        files = {}
+        for split, table in self.tables.items():
+            names = listed_names(table.features.arrow_schema)
+            files[split] = [FileLabels(f"{self.name} {split}", table.data.column(LABEL_COLUMN), names)]
+        class_names, labels = encode_labels(files)
+        return class_names, {
+            split: Split(LazyImages.of(self._pictures(split), picture), labels[split]) for split in labels
+        }
+
+    @property
+    def has_captions(self) -> bool:
+        """Captions instead of labels."""
+        return bool(self._columns("train").captions)
+
+    def _columns(self, split: str) -> Columns:
+        return Columns.of(self.tables[split].column_names, f"{self.name} {split}")
+
+    def _pictures(self, split: str) -> TablePictures:
+        column = self.tables[split].select_columns([self._columns(split).picture]).with_format("arrow")
+        return TablePictures(column, (f"{self.name} {split}",), (len(column),))
 
 
 def check_hub(name: str) -> None:
@@ -113,7 +176,8 @@ def is_cached(name: str) -> bool:
     from datasets.naming import camelcase_to_snakecase
 
     owner, _, repository = name.rpartition("/")
-    folder = Path(datasets.config.HF_DATASETS_CACHE).expanduser() / f"{owner}___{camelcase_to_snakecase(repository)}"
+    cache = Path(expanded(str(datasets.config.HF_DATASETS_CACHE)))
+    folder = cache / f"{owner}___{camelcase_to_snakecase(repository)}"
     configurations = {path.parts[-4] for path in folder.glob("*/*/*/dataset_info.json")}  # <name>/<version>/<hash>/
     return len(configurations) == 1
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +38,15 @@ FINGERPRINT_SAMPLE = 64
 """Pictures of the training split that a fingerprint looks at."""
 
 
+class Part(NamedTuple):
+    """One of several sets that make one."""
+
+    name: str
+    known_as: str
+    class_names: tuple[str, ...]
+    """Its own; in the whole set they follow those of the parts before it, with its name before each."""
+
+
 @dataclass(frozen=True)
 class Dataset:
     """Pictures with labels or with captions, in three splits that share no picture."""
@@ -52,6 +62,8 @@ class Dataset:
     test: Any
     picture: PictureSpec
     """With the statistics of the training split."""
+    parts: tuple[Part, ...] = ()
+    """The sets that it was made of, where these are several."""
 
     def summary(self) -> str:
         """In one line."""
@@ -78,12 +90,14 @@ class Dataset:
 
 
 def load_dataset(config: DataConfig, picture: PictureSpec, progress: bool = True) -> Dataset:
-    """Find a set and make it ready: decoded to uint8 (C, size, size), in three splits.
+    """Find a set, or several, and make it ready: decoded to uint8 (C, size, size), in three splits.
 
     A set over `config.max_memory_gb` is not decoded: its pictures are `LazyImages`. Validation and test pictures are
     held out of train where the set does not have them, by `config.split_seed` alone.
     Raises `UserError` where the set or one of its pictures will not do.
     """
+    if len(sets := config.sets) > 1:
+        return _together(config, [load_dataset(one, picture, progress) for one in sets])
     class_names, splits = _make(config, picture) if config.built_in else _read(config, picture, progress)
     # A folder may be called what is no UTF-8: no tokenizer reads that, and no file takes it.
     named = (name.encode("utf-8", "surrogateescape") for name in class_names)
@@ -99,6 +113,30 @@ def load_dataset(config: DataConfig, picture: PictureSpec, progress: bool = True
     known_as = name if config.built_in or name not in EMBEDDED_DATASETS else ""
     spec = PictureSpec(picture.size, picture.channels, *statistics)
     return Dataset(name, known_as, class_names, train, validation, test, spec)
+
+
+def _together(config: DataConfig, sets: Sequence[Dataset]) -> Dataset:
+    """One set of several, whose classes are those of all: a model learns to tell them all apart, told no set's name."""
+    most = max(len(one.train) for one in sets)
+    starts = itertools.accumulate((len(one.class_names) for one in sets), initial=0)
+    splits: dict[str, list[Split]] = {"train": [], "validation": [], "test": []}
+    for one, start in zip(sets, starts, strict=False):
+        for name, found in splits.items():
+            split: Split = getattr(one, name)
+            if not isinstance(split.images, Tensor):
+                raise UserError(f"dataset {one.name!r} is over max_memory_gb: several sets at once must fit in memory")
+            times = round(most / len(split)) if name == "train" and config.set_mixing == "equal" else 1
+            rows = torch.arange(len(split)).repeat(times)
+            found.append(Split(split.images[rows], split.labels[rows] + start))
+    train, validation, test = (
+        Split(torch.cat([split.images for split in found]), torch.cat([split.labels for split in found]))
+        for found in splits.values()
+    )
+    picture = sets[0].picture
+    spec = PictureSpec(picture.size, picture.channels, *channel_statistics(train.images, config.split_seed))
+    class_names = tuple(f"{one.name}: {name}" for one in sets for name in one.class_names)
+    parts = tuple(Part(one.name, one.known_as, one.class_names) for one in sets)
+    return Dataset(dataset_name(config.dataset), "", class_names, train, validation, test, spec, parts)
 
 
 def _make(config: DataConfig, picture: PictureSpec) -> ClassesAndSplits:
@@ -143,8 +181,8 @@ def _all(images: Tensor | LazyImages, progress: bool) -> Tensor:
 def _to_cache(
     class_names: tuple[str, ...], splits: Mapping[str, PictureSplit]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    tensors: dict[str, Any] = {f"{name}.images": split.images for name, split in splits.items()}
-    tensors |= {f"{name}.labels": split.labels for name, split in splits.items() if isinstance(split, Split)}
+    fields = [(f"{name}.{field}", value) for name, split in splits.items() for field, value in vars(split).items()]
+    tensors = {name: value for name, value in fields if isinstance(value, Tensor)}
     captions = {name: split.captions for name, split in splits.items() if isinstance(split, CaptionSplit)}
     return tensors, {"class_names": json.dumps(class_names), "captions": json.dumps(captions)}
 

@@ -193,7 +193,7 @@ class LazyImages:
         cores: 14,000 in 2 processes, 7,700 in 2 threads, 8,300 without either).
         """
         loader = DataLoader(
-            _Decoder(self),
+            _DecodedOrError(self),
             batch_size=None,
             sampler=batches,
             num_workers=min(num_workers, available_cores()),
@@ -224,7 +224,7 @@ class LazyImages:
 
 
 @dataclass(frozen=True)
-class _Decoder(Dataset[Tensor | UserError]):
+class _DecodedOrError(Dataset[Tensor | UserError]):
     """`lazy[indices]` for a DataLoader, which would wrap an error in a traceback of many lines: it is handed over."""
 
     lazy: LazyImages

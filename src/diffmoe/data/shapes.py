@@ -11,7 +11,6 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
@@ -169,30 +168,29 @@ def draw_splits(spec: PictureSpec) -> dict[str, CaptionSplit]:
     return splits
 
 
-@dataclass(frozen=True)
-class Claim:
-    """What a caption says of one shape; None where it does not say."""
-
-    kind: str | None
-    colour: str | None
-    size: str | None
-    place: str | None
-
-
-_RELATIONS = ("left of", "right of", "above", "below")
-_WORD = re.compile("|".join((*_RELATIONS, *PLACES, *SIZES, *COLOURS, *KINDS, "and", "has")))
+_WORDS = {
+    "relation": ("left of", "right of", "above", "below"),
+    "place": PLACES,
+    "size": SIZES,
+    "colour": COLOURS,
+    "kind": KINDS,
+    "break": ("and", "has"),
+}
+_KIND_OF_WORD = {word: kind for kind, words in _WORDS.items() for word in words}
+_WORD = re.compile("|".join(_KIND_OF_WORD))
 
 
-def claims(caption: str) -> tuple[list[Claim], str | None]:
-    """Read a caption: a claim for each shape it names, in order, and the relation between the first two, if any.
+def claims(caption: str) -> tuple[list[dict[str, str]], str | None]:
+    """Read a caption: what it says of each shape it names, in order, and the relation between the first two, if any.
 
-    A place before a shape (`in the top left is a ...`) or after it (`... in the top left`) belongs to that shape.
+    Of a shape its kind, colour, size and place, by these names, where they are said. A place before a shape
+    (`in the top left is a ...`) or after it (`... in the top left`) belongs to that shape.
     """
-    found: list[dict[str, Any]] = [{}]
+    found: list[dict[str, str]] = [{}]
     relation = None
     for word in _WORD.findall(caption):
         current = found[-1]
-        kind_of_word = _kind_of(word)
+        kind_of_word = _KIND_OF_WORD[word]
         if kind_of_word == "relation":
             relation = word
         if kind_of_word in ("relation", "break"):
@@ -202,15 +200,7 @@ def claims(caption: str) -> tuple[list[Claim], str | None]:
         if kind_of_word in current:  # a second colour or place begins another shape
             found.append({})
         found[-1][kind_of_word] = word
-    fields = [field.name for field in dataclasses.fields(Claim)]
-    return [Claim(**{name: claim.get(name) for name in fields}) for claim in found if claim], relation
-
-
-def _kind_of(word: str) -> str:
-    for name, words in (("relation", _RELATIONS), ("place", PLACES), ("size", SIZES), ("colour", COLOURS)):
-        if word in words:
-            return name
-    return "kind" if word in KINDS else "break"
+    return [claim for claim in found if claim], relation
 
 
 def is_true(caption: str, scene: Scene) -> dict[str, bool]:
@@ -229,7 +219,7 @@ def is_true(caption: str, scene: Scene) -> dict[str, bool]:
         pairs = list(zip(said, order, strict=True))
         right = {
             part: all(
-                getattr(claim, name) == getattr(shape, name) or (part == "size" and claim.size is None)
+                claim.get(name) == getattr(shape, name) or (part == "size" and name not in claim)
                 for claim, shape in pairs
             )
             for part, name in parts.items()
@@ -249,7 +239,7 @@ def num_true(captions: Sequence[str], gallery: Sequence[Scene]) -> Tensor:
     counts = []
     for caption in captions:
         said, _ = claims(caption)
-        asked = frozenset((claim.kind, claim.colour, claim.place) for claim in said)
+        asked = frozenset((claim.get("kind"), claim.get("colour"), claim.get("place")) for claim in said)
         candidates = (scene for scene, has in zip(gallery, signatures, strict=True) if has == asked)
         counts.append(sum(all(is_true(caption, scene).values()) for scene in candidates))
     return torch.tensor(counts)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
 from diffmoe.config import EMBEDDED_DATASETS, HUB_DATASETS, DataConfig, UserError, dataset_name, nearest
 from diffmoe.data.caption_files import find_caption_files, has_caption_files, has_table_suffix
 from diffmoe.data.folders import FolderSource, has_class_folders
-from diffmoe.data.hub import check_hub
+from diffmoe.data.hub import HubSource, check_hub
+from diffmoe.data.parquet import ParquetSource, parquet_files
 from diffmoe.data.pictures import PictureSpec
 from diffmoe.data.splits import ClassesAndSplits
-from diffmoe.data.tables import HubSource, ParquetSource, parquet_files
 
 Kind = Literal["classification", "captions"]
 """What a set teaches: pictures with labels, or with captions."""
@@ -48,9 +49,24 @@ def check_dataset(config: DataConfig) -> Kind:
     An unknown name (with the nearest known), a folder that is missing, empty or without classes, a table without
     the columns, a hub that does not answer.
     """
+    if len(sets := config.sets) > 1:
+        return _check_sets(sets)
     if config.built_in:
         return "captions" if config.dataset == "shapes" else "classification"
     return "captions" if find_source(config).has_captions else "classification"
+
+
+def _check_sets(sets: Sequence[DataConfig]) -> Kind:
+    names = [dataset_name(one.dataset) for one in sets]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"dataset names {twice[0]!r} twice: each of several sets must be there once")
+    for one in sets:
+        if one.data_dir is not None and not (place := Path(one.data_dir, dataset_name(one.dataset))).exists():
+            hint = nearest(place.name, (path.name for path in place.parent.glob("*")))
+            raise UserError(f"there is no {str(place)!r}{hint}: each of several sets must be in data_dir by its name")
+        if check_dataset(one) == "captions":
+            raise UserError(f"dataset {one.dataset!r} has captions: several sets at once must all have classes")
+    return "classification"
 
 
 def find_source(config: DataConfig) -> Source:

@@ -1,4 +1,4 @@
-"""Sets that are tables: Parquet files in the column layout of the hub, and sets on the hub itself."""
+"""Tables of pictures, as Parquet files and the hub have them: which columns are read, and what their rows hold."""
 
 from __future__ import annotations
 
@@ -6,19 +6,16 @@ import bisect
 import hashlib
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffmoe.config import UserError
 from diffmoe.data.captions import CaptionSplit, captions_in, check_captions
 from diffmoe.data.folders import file_status
-from diffmoe.data.hub import load_hub
-from diffmoe.data.labels import LABEL_COLUMN, FileLabels, encode_labels, listed_names
+from diffmoe.data.labels import LABEL_COLUMN
 from diffmoe.data.pictures import LazyImages, PictureSpec
-from diffmoe.data.splits import SPLIT_ALIASES, ClassesAndSplits, Split, check_one_alias
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -47,8 +44,8 @@ class TablePictures:
         cells = table.column(0).to_pylist() if rows else []
         return [self._picture(cell, row) for cell, row in zip(cells, rows, strict=True)]
 
-    def _picture(self, cell: dict[str, Any] | bytes | str | None, row: int) -> bytes | Path:
-        encoded, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
+    def _picture(self, cell: Mapping[str, Any] | bytes | str | None, row: int) -> bytes | Path:
+        encoded, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, Mapping) else (cell, None)
         if isinstance(encoded, str):
             return Path(self.files[self._file(row)]).parent / encoded
         if encoded is not None:
@@ -90,156 +87,21 @@ class Columns:
         return ", ".join((self.picture, *(self.captions or [LABEL_COLUMN])))
 
 
-@dataclass(frozen=True)
-class ParquetSource:
-    """A set in Parquet files, `<split>-*.parquet`."""
-
-    files: dict[str, list[Path]]
-    """The files of each split, in order."""
-    columns: dict[str, Columns]
-    """Of each split: all its files have them."""
-
-    @classmethod
-    def open(cls, files: dict[str, list[Path]]) -> ParquetSource:
-        """Check the files' columns, reading no row. Raises `UserError` naming a file that will not do."""
-        columns: dict[str, Columns] = {}
-        for split, paths in files.items():
-            for path in paths:
-                found = Columns.of(_read_schema(path).names, str(path))
-                same = columns.setdefault(split, found)
-                if (found.picture, set(found.captions)) != (same.picture, set(same.captions)):
-                    raise UserError(f"{path} has {found}, but {paths[0]} has {same}: both must have the same columns")
-        _check_task(columns, {split: str(paths[0]) for split, paths in files.items()})
-        return cls(files, columns)
-
-    @property
-    def has_captions(self) -> bool:
-        """Captions instead of labels."""
-        return bool(self.columns["train"].captions)
-
-    def __len__(self) -> int:
-        return sum(ends[-1] for ends in map(self._ends, self.files))
-
-    def _ends(self, split: str) -> tuple[int, ...]:
-        import pyarrow.parquet as pq
-
-        return tuple(itertools.accumulate(pq.read_metadata(path).num_rows for path in self.files[split]))
-
-    def fingerprint(self) -> str:
-        """Changes with the files' content, and when a picture that is a file of its own is written."""
-        columns = {split: columns.picture for split, columns in self.columns.items()}
-        pictures = (_picture_files(path, columns[split]) for split, paths in self.files.items() for path in paths)
-        return _fingerprint(self.files, itertools.chain.from_iterable(pictures))
-
-    def read(self, picture: PictureSpec, in_memory: bool) -> ClassesAndSplits:
-        """Class names, and for each split its pictures and labels or captions. Raises `UserError` naming a bad row."""
-        if self.has_captions:
-            return (), self._read_captions(picture, in_memory)
-        class_names, labels = encode_labels(
-            {split: [_read_labels(path) for path in paths] for split, paths in self.files.items()}
-        )
-        return class_names, {
-            split: Split(LazyImages.of(self._pictures(split, in_memory), picture), labels[split]) for split in labels
-        }
-
-    def _read_captions(self, picture: PictureSpec, in_memory: bool) -> dict[str, CaptionSplit]:
-        splits = {}
-        for split, paths in self.files.items():
-            tables = [_read_columns(path, self.columns[split].captions) for path in paths]
-            splits[split] = _with_captions(self._pictures(split, in_memory), picture, tables)
-        return splits
-
-    def _pictures(self, split: str, in_memory: bool) -> TablePictures:
-        paths, column = self.files[split], self.columns[split].picture
-        try:
-            table = _read_pictures(paths, column) if in_memory else _map_pictures(paths, column)
-        except Exception as error:  # pyarrow's, or those that `datasets` wraps them in
-            raise UserError(f"{paths[0].parent} cannot be read ({_one_line(error)})") from error
-        return TablePictures(table.with_format("arrow"), tuple(map(str, paths)), self._ends(split))
+def caption_columns(names: Iterable[str]) -> list[str]:
+    """The columns that hold captions: caption, captions, caption_0, caption_1, ..."""
+    return [name for name in names if re.fullmatch(r"captions?|caption_.*", name)]
 
 
-@dataclass(frozen=True)
-class HubSource:
-    """A set on the hub, `owner/name`; downloaded when it is first looked into."""
-
-    name: str
-
-    @cached_property
-    def tables(self) -> dict[str, Dataset]:
-        """The set's splits, memory-mapped."""
-        hub = load_hub(self.name)
-        found = {split: [hub[alias] for alias in aliases if alias in hub] for split, aliases in SPLIT_ALIASES.items()}
-        tables = {split: candidates[0] for split, candidates in found.items() if candidates}
-        if "train" not in tables:
-            raise UserError(f"{self.name} on the hub has the splits {', '.join(hub)}: one must be named train")
-        _check_task(
-            {split: Columns.of(table.column_names, f"{self.name} {split}") for split, table in tables.items()},
-            {split: f"{self.name} {split}" for split in tables},
-        )
-        return tables
-
-    def __len__(self) -> int:
-        return sum(map(len, self.tables.values()))
-
-    def fingerprint(self) -> str:
-        """Changes with the content of the library's files."""
-        return _fingerprint(
-            {split: [Path(file["filename"]) for file in table.cache_files] for split, table in self.tables.items()}
-        )
-
-    def read(self, picture: PictureSpec, in_memory: bool) -> ClassesAndSplits:
-        """As `ParquetSource.read`; the tables stay memory-mapped either way."""
-        if self.has_captions:
-            return (), {
-                split: _with_captions(
-                    self._pictures(split), picture, [table.data.select(self._columns(split).captions)]
-                )
-                for split, table in self.tables.items()
-            }
-        files = {}
-        for split, table in self.tables.items():
-            names = listed_names(table.features.arrow_schema)
-            files[split] = [FileLabels(f"{self.name} {split}", table.data.column(LABEL_COLUMN), names)]
-        class_names, labels = encode_labels(files)
-        return class_names, {
-            split: Split(LazyImages.of(self._pictures(split), picture), labels[split]) for split in labels
-        }
-
-    @property
-    def has_captions(self) -> bool:
-        """Captions instead of labels."""
-        return bool(self._columns("train").captions)
-
-    def _columns(self, split: str) -> Columns:
-        return Columns.of(self.tables[split].column_names, f"{self.name} {split}")
-
-    def _pictures(self, split: str) -> TablePictures:
-        column = self.tables[split].select_columns([self._columns(split).picture]).with_format("arrow")
-        return TablePictures(column, (f"{self.name} {split}",), (len(column),))
+def check_task(columns: dict[str, Columns], where: dict[str, str]) -> None:
+    """Raises `UserError` naming a split that has labels where train has captions, or the other way round."""
+    train = columns["train"]
+    for split, found in columns.items():
+        if bool(found.captions) != bool(train.captions):
+            raise UserError(f"{where[split]} has {found}, but {where['train']} has {train}: both must be of one kind")
 
 
-def parquet_files(folder: Path) -> dict[str, list[Path]]:
-    """The Parquet files of each split in `folder`, or in its `data/` as in a copy of a hub repository.
-
-    Raises `UserError` where a split is there under two names.
-    """
-    for place in (folder, folder / "data"):
-        by_name: dict[str, list[Path]] = {}
-        for path in sorted(place.glob("*.parquet")):
-            by_name.setdefault(re.split(r"[-_.]", path.name)[0].lower(), []).append(path)
-        if "train" not in by_name:
-            continue
-        files = {}
-        for split, aliases in SPLIT_ALIASES.items():
-            found = [alias for alias in aliases if alias in by_name]
-            check_one_alias(str(place), found)
-            if found:
-                files[split] = by_name[found[0]]
-        return files
-    return {}
-
-
-def _fingerprint(files: dict[str, list[Path]], pictures: Iterable[Path] = ()) -> str:
+def content_fingerprint(files: dict[str, list[Path]], pictures: Iterable[Path] = ()) -> str:
+    """Changes with the content of each split's files, and with the size or time of `pictures`."""
     digest = hashlib.sha256()
     for split, paths in files.items():
         for path in paths:
@@ -251,85 +113,9 @@ def _fingerprint(files: dict[str, list[Path]], pictures: Iterable[Path] = ()) ->
     return digest.hexdigest()[:32]
 
 
-def _check_task(columns: dict[str, Columns], where: dict[str, str]) -> None:
-    """Raises `UserError` naming a split that has labels where train has captions, or the other way round."""
-    train = columns["train"]
-    for split, found in columns.items():
-        if bool(found.captions) != bool(train.captions):
-            raise UserError(f"{where[split]} has {found}, but {where['train']} has {train}: both must be of one kind")
-
-
-def caption_columns(names: Iterable[str]) -> list[str]:
-    """The columns that hold captions: caption, captions, caption_0, caption_1, ..."""
-    return [name for name in names if re.fullmatch(r"captions?|caption_.*", name)]
-
-
-def _read_schema(path: Path) -> pa.Schema:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return pq.read_schema(path)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} must be a Parquet file that can be read ({_one_line(error)})") from error
-
-
-def _read_columns(path: Path, columns: Sequence[str]) -> pa.Table:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return pq.read_table(path, columns=list(columns))
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} cannot be read ({_one_line(error)})") from error
-
-
-def _picture_files(path: Path, column: str) -> list[Path]:
-    """The pictures of a file that holds their paths; none where it holds the pictures."""
-    import pyarrow.types as types
-
-    kind = _read_schema(path).field(column).type
-    if types.is_struct(kind) or types.is_binary(kind) or types.is_large_binary(kind):
-        return []
-    names = _read_columns(path, [column]).column(column).to_pylist()
-    return [path.parent / name for name in names if isinstance(name, str)]
-
-
-def _read_labels(path: Path) -> FileLabels:
-    column = _read_columns(path, [LABEL_COLUMN]).column(LABEL_COLUMN)
-    try:
-        names = listed_names(_read_schema(path))
-    except ValueError as error:
-        raise UserError(f"{path} has metadata of `datasets` that is not valid JSON: {error}") from error
-    return FileLabels(str(path), column, names)
-
-
-def _read_pictures(paths: list[Path], column: str) -> Dataset:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    from datasets import Dataset
-    from datasets.table import InMemoryTable
-
-    table = pa.concat_tables([pq.read_table(path, columns=[column]) for path in paths])
-    return Dataset(InMemoryTable(table), fingerprint="parquet")  # its own would hash every picture
-
-
-def _map_pictures(paths: list[Path], column: str) -> Dataset:
-    """As a memory-mapped Arrow table, for which the library makes a copy in its cache: Parquet has no random access."""
-    from datasets import Dataset
-
-    table = Dataset.from_parquet([str(path) for path in paths], columns=[column])
-    assert isinstance(table, Dataset)  # not the iterable kind, which streaming=True would give
-    return table
-
-
-def _with_captions(pictures: TablePictures, picture: PictureSpec, tables: Iterable[pa.Table]) -> CaptionSplit:
+def with_captions(pictures: TablePictures, picture: PictureSpec, tables: Iterable[pa.Table]) -> CaptionSplit:
     """Pictures with the captions in the rows of tables that follow one another. Raises `UserError` naming a bad row."""
     rows = itertools.chain.from_iterable(zip(*(c.to_pylist() for c in table.columns), strict=True) for table in tables)
     captions = tuple(tuple(captions_in(cells)) for cells in rows)
     check_captions(captions, pictures.where)
     return CaptionSplit(LazyImages.of(pictures, picture), captions)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

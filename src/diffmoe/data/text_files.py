@@ -12,7 +12,6 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from diffmoe.config import UserError
 from diffmoe.data.pictures import PICTURE_SUFFIXES
@@ -31,7 +30,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
-def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
     """The objects of a JSON Lines file, and the line of each. Raises `UserError`."""
     for number, line in read_lines(path):
         try:
@@ -89,7 +88,7 @@ def _line_at(text: str, position: int) -> int:
     return len(_LINE_END.findall(text[:position])) + 1
 
 
-def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unrepeated(pairs: list[tuple[str, object]]) -> dict[str, object]:
     row = dict(pairs)
     if len(row) < len(pairs):
         names = [name for name, _ in pairs]

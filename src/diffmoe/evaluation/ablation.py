@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from diffmoe.evaluation.passes import Scores, run_over
 from diffmoe.model.encoders import UnifiedModalEncoder
 from diffmoe.model.heads import Head
 from diffmoe.model.moe import GeneralExperts
+from diffmoe.model.outputs import TextFeatures
 from diffmoe.model.routers import Router
 from diffmoe.model.routing import Routing
 
@@ -33,7 +33,7 @@ class Ablation:
 
 
 def ablation(
-    model: Head, make_batches: Callable[[], Iterable[Sequence[Tensor]]], constants: dict[str, Any] | None = None
+    model: Head, make_batches: Callable[[], Iterable[Sequence[Tensor]]], classes: TextFeatures | None = None
 ) -> Ablation:
     """Accuracy without each expert of each block: its tokens go where the router sends them among the rest.
 
@@ -55,7 +55,7 @@ def ablation(
 
     def scores() -> Scores:
         found = Scores(model)
-        run_over(model, make_batches(), found, constants=constants)
+        run_over(model, make_batches(), found.add, classes=classes)
         return found
 
     whole = scores()

@@ -7,7 +7,6 @@ Shapes: B pictures, N patches, T tokens of a caption, W words, S tokens of a con
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,17 +49,8 @@ def received(maps: Sequence[AttentionMap]) -> Tensor:
     return torch.stack([attention.weights.float().mean((1, 2)) for attention in image_maps(maps)]).mean(0)
 
 
-class WordAttention(NamedTuple):
-    """Where a captioner looked, word by word."""
-
-    words: list[str]
-    """W words and punctuation marks; the caption's start and end are none."""
-    weights: Tensor
-    """(W, N) over the patches, rows sum to 1."""
-
-
-def word_attention(maps: Sequence[AttentionMap], tokens: Tensor) -> list[WordAttention]:
-    """The caption's attention to the picture as each of its words was written, one `WordAttention` a picture.
+def word_attention(maps: Sequence[AttentionMap], tokens: Tensor) -> list[tuple[list[str], Tensor]]:
+    """The caption's attention to the picture as each of its words was written.
 
     A word is written by the tokens before it: the one at t says which comes at t + 1. So its row is that of the token
     before; where a word has several pieces, the mean of their rows. Mean over heads and the fusion's layers.
@@ -68,17 +58,21 @@ def word_attention(maps: Sequence[AttentionMap], tokens: Tensor) -> list[WordAtt
     Args:
         maps: of `captioner(images, tokens, need_weights=True)`.
         tokens: (B, T) int64, captions as `tokenize` or `Captioner.generate` return them.
+
+    Returns:
+        For each picture its W words and punctuation marks (the caption's start and end are none), and (W, N) over the
+        patches, rows sum to 1.
     """
     attention_BTN = _cross_attention(maps)
     if attention_BTN.shape[:2] != tokens.shape:
         raise ValueError(f"attention maps of {tuple(attention_BTN.shape[:2])} tokens for {tuple(tokens.shape)} tokens")
-    found = []
+    found: list[tuple[list[str], Tensor]] = []
     for attention_TN, row in zip(attention_BTN, tokens.tolist(), strict=True):
         written = row[1 : row.index(END_ID) if END_ID in row else len(row)]
         groups = _pieces_of_words(written)
         rows = [attention_TN[group].mean(0) for group in groups]  # piece g of `written` is token g + 1: row g wrote it
         words = detokenize([[written[piece] for piece in group] for group in groups])
-        found.append(WordAttention(words, torch.stack(rows) if rows else attention_TN[:0]))
+        found.append((words, torch.stack(rows) if rows else attention_TN[:0]))
     return found
 
 

@@ -1,4 +1,4 @@
-"""How good written captions are: COCO's metrics, through pycocoevalcap (the extra `caption`), and simple baselines."""
+"""How good written captions are: COCO's metrics, through pycocoevalcap (the extra `caption`)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,7 @@ import logging
 import re
 import shutil
 import threading
-from collections import Counter
 from collections.abc import Iterable, Sequence
-
-import torch
-from torch import Tensor
 
 from diffmoe.config import UserError
 
@@ -95,32 +91,3 @@ def normalize_captions(texts: Iterable[str]) -> list[str]:
         " ".join(_BRACKETS.get(token) or token for token in _TOKEN.findall(text.lower()) if token not in PUNCTUATION)
         for text in texts
     ]
-
-
-def constant_caption(captions: Sequence[Sequence[str]], max_words: int = 10) -> str:
-    """The baseline that sees no picture: one caption of `max_words` words or fewer for all pictures.
-
-    Of all training captions, the one whose words are the most common on average, each word of it counted once.
-    """
-    texts = [text.split() for of_picture in captions for text in normalize_captions(of_picture)]
-    frequency = Counter(word for words in texts for word in set(words))
-
-    def commonness(words: Sequence[str]) -> float:
-        return sum(frequency[word] for word in set(words)) / len(words)
-
-    candidates = [words for words in texts if max_words // 2 < len(words) <= max_words] or texts
-    return " ".join(max(candidates, key=commonness))
-
-
-def nearest_pictures(images: Tensor, gallery: Tensor, size: int = 8, chunk: int = 256) -> Tensor:
-    """The baseline that compares pixels: for each picture (I, C, H, W) the nearest of a gallery (G, C, H, W), (I,).
-
-    By the Euclidean distance of the pictures shrunk to `size` x `size`, their mean taken away and of unit norm.
-    """
-    vectors = []
-    for pictures in (images, gallery):
-        small = torch.cat(
-            [torch.nn.functional.interpolate(part.float(), size=size, mode="area") for part in pictures.split(chunk)]
-        ).flatten(1)
-        vectors.append(torch.nn.functional.normalize(small - small.mean(1, keepdim=True), dim=1))
-    return (vectors[0] @ vectors[1].T).argmax(1)

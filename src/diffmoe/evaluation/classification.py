@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,19 +63,14 @@ def as_predictions(kept: Kept) -> Predictions:
     return predictions
 
 
-def predict(
-    model: Head,
-    batches: Iterable[Sequence[Tensor]],
-    autocast: Autocast = nullcontext,
-    constants: dict[str, Any] | None = None,
-) -> Predictions:
+def predict(model: Head, batches: Iterable[Sequence[Tensor]], autocast: Autocast = nullcontext) -> Predictions:
     """Run a classifier once over `batches`: pictures (B, ch, H, W), normalised and on its device, labels (B,) int64.
 
     Raises `ValueError` where there are no batches, `UserError` where a logit is not finite: the model diverged, and a
     metric of such logits would look like one.
     """
     kept = Kept(take_predictions)
-    run_over(model, batches, kept, autocast=autocast, constants=constants)
+    run_over(model, batches, kept.add, autocast=autocast)
     return as_predictions(kept)
 
 

@@ -6,13 +6,13 @@ Shapes: N pictures, B pictures of one batch, D width.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffmoe.evaluation.passes import Kept, finite_or_told, run_over
 from diffmoe.model.heads import Head
+from diffmoe.model.outputs import TextFeatures
 
 MOST_POINTS = 2000
 """`project` takes seconds for so many, and its time grows faster than their number."""
@@ -25,14 +25,14 @@ COMPONENTS = 50
 
 
 def embed(
-    model: Head, batches: Iterable[Sequence[Tensor]], constants: dict[str, Any] | None = None
+    model: Head, batches: Iterable[Sequence[Tensor]], classes: TextFeatures | None = None
 ) -> tuple[Tensor, Tensor]:
     """The embeddings that the model classifies, float32 (N, D), and the labels, int64 (N,), on the CPU.
 
     Raises `ValueError` where there are no batches, `UserError` where an embedding is not finite.
     """
     kept = Kept(lambda batch, output: (output.embedding.float(), batch[1]))
-    run_over(model, batches, kept, constants=constants)
+    run_over(model, batches, kept.add, classes=classes)
     embeddings, labels = kept.tensors()
     with finite_or_told():
         if not embeddings.isfinite().all():

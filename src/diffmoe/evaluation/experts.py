@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,9 +29,9 @@ class BlockRouting:
     """The block's number there, from 0."""
     num_experts: int
     expert_ids: Tensor
-    """(N, T, K) int16, best first; -1 at padding."""
+    """(N, T, K) int16, best first; -1, no expert, at padding and where the router gave a token fewer than K."""
     gates: Tensor
-    """(N, T, K) float32, the weights of the chosen experts; 0 at padding."""
+    """(N, T, K) float32, the weights of the chosen experts; 0 where there is none."""
     confidence: Tensor
     """(N, T) float32, the largest router probability, 1/E to 1; nan at padding."""
     entropy: Tensor
@@ -43,10 +42,9 @@ class BlockRouting:
         """Of a `Routing` over (N, T) tokens, on any device."""
         num_experts = routing.probs.shape[-1]
         confidence, entropy = routing.probs.amax(-1), torch.special.entr(routing.probs).sum(-1)
-        expert_ids = routing.expert_ids
+        expert_ids = routing.expert_ids.masked_fill(routing.expert_ids == num_experts, -1)
         if routing.mask is not None:
             confidence, entropy = (x.masked_fill(~routing.mask, math.nan) for x in (confidence, entropy))
-            expert_ids = expert_ids.masked_fill(~routing.mask[..., None], -1)
         tensors = (expert_ids.short(), routing.gates.float(), confidence.float(), entropy.float())
         return cls(routing.place, routing.layer, num_experts, *(x.detach().cpu() for x in tensors))
 
@@ -58,7 +56,7 @@ class BlockRouting:
     @property
     def real(self) -> Tensor:
         """(N, T) bool, False at padding."""
-        return self.expert_ids[..., 0] >= 0
+        return ~self.confidence.isnan()
 
     def __getitem__(self, rows: slice | Tensor) -> BlockRouting:
         """The routing of some of the N: a slice, int64 (M,) or bool (N,)."""
@@ -92,17 +90,14 @@ class RoutingCollector:
 
 
 def trace_experts(
-    model: Head,
-    batches: Iterable[Sequence[Tensor]],
-    autocast: Autocast = nullcontext,
-    constants: dict[str, Any] | None = None,
+    model: Head, batches: Iterable[Sequence[Tensor]], autocast: Autocast = nullcontext
 ) -> tuple[BlockRouting, ...]:
     """Run `model` once over `batches` and keep its routing, as `RoutingCollector` has it.
 
     Raises `ValueError` where there are no batches, `UserError` where an output is not finite.
     """
     collector = RoutingCollector()
-    run_over(model, batches, collector, autocast=autocast, constants=constants)
+    run_over(model, batches, collector.add, autocast=autocast)
     return collector.blocks()
 
 
@@ -123,7 +118,7 @@ def _join(parts: Sequence[BlockRouting]) -> BlockRouting:
 
 def tokens_per_expert(block: BlockRouting) -> Tensor:
     """(E,) int64, routed slots that each expert received; padding is not counted."""
-    return torch.bincount(block.expert_ids[block.real].flatten(), minlength=block.num_experts)
+    return torch.bincount(block.expert_ids[block.expert_ids >= 0], minlength=block.num_experts)
 
 
 def imbalance(counts: Tensor) -> dict[str, float]:
@@ -162,21 +157,15 @@ def class_expert_counts(block: BlockRouting, labels: Tensor, num_classes: int) -
     if len(labels) != len(block.expert_ids):
         raise ValueError(f"{len(labels)} labels for {len(block.expert_ids)} pictures")
     cell = labels[:, None, None] * block.num_experts + block.expert_ids
-    counts = torch.bincount(cell[block.real].flatten(), minlength=num_classes * block.num_experts)
+    counts = torch.bincount(cell[block.expert_ids >= 0], minlength=num_classes * block.num_experts)
     return counts.view(num_classes, block.num_experts)
 
 
-class MutualInformation(NamedTuple):
-    """What the expert of a token tells of the class of its picture, and the other way round."""
+def mutual_information(counts: Tensor) -> tuple[float, float]:
+    """What the expert of a token tells of the class of its picture, and the other way round: of joint counts (C, E).
 
-    bits: float
-    """I(class; expert), 0 when independent."""
-    normalized: float
-    """Over the smaller of the two entropies: 0 when independent, 1 when one tells the other; 0 where nothing varies."""
-
-
-def mutual_information(counts: Tensor) -> MutualInformation:
-    """Of the joint counts (C, E): the plug-in estimate, H(class) + H(expert) - H(class, expert).
+    In bits, I = H(class) + H(expert) - H(class, expert), the plug-in estimate, 0 when independent; and its part of the
+    smaller of the two entropies: 1 when one tells the other, 0 where nothing varies.
 
     Of M slots it is too high by about (C - 1)(E - 1) / (2 M ln 2) bits (Miller 1955): nothing, unless M is small.
     Raises `ValueError` where all counts are 0.
@@ -188,14 +177,15 @@ def mutual_information(counts: Tensor) -> MutualInformation:
     of_class, of_expert = _entropy(joint.sum(1)), _entropy(joint.sum(0))
     nats = max((of_class + of_expert - _entropy(joint)).item(), 0.0)
     smaller = min(of_class, of_expert).item()
-    return MutualInformation(nats / math.log(2), nats / smaller if smaller > 0 else 0.0)
+    return nats / math.log(2), nats / smaller if smaller > 0 else 0.0
 
 
 def coactivation(block: BlockRouting) -> Tensor:
     """(E, E) int64, tokens that were sent to both experts; on the diagonal, to that expert. With K = 1 only that."""
-    chosen = torch.zeros(int(block.real.sum()), block.num_experts, dtype=torch.float64)  # float32 counts to 2^24 only
-    chosen.scatter_(1, block.expert_ids[block.real].long(), 1)
-    return (chosen.T @ chosen).long()
+    ids = block.expert_ids[block.real].long()
+    chosen = torch.zeros(len(ids), block.num_experts + 1, dtype=torch.float64)  # float32 counts to 2^24 only
+    chosen.scatter_(1, ids % (block.num_experts + 1), 1)  # no expert, -1, is the last
+    return (chosen.T @ chosen).long()[:-1, :-1]
 
 
 def favourites(block: BlockRouting, expert: int, count: int) -> Tensor:

@@ -1,10 +1,10 @@
-"""One pass of a model over batches: what each collector wants is kept, all else is let go."""
+"""One pass of a model over batches: what each asks for is kept, all else is let go."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,40 +12,37 @@ from torch import Tensor
 from diffmoe.config import UserError
 from diffmoe.model.heads import Head
 from diffmoe.model.layers import evaluating
+from diffmoe.model.outputs import TextFeatures
 
 Autocast = Callable[[], AbstractContextManager[object]]
 """The number format that the model runs in; what is made of its outputs is in float32."""
 
 
-class Collector(Protocol):
-    """Keeps something of every batch."""
-
-    def add(self, batch: Sequence[Tensor], output: Any) -> None:
-        """`batch` was given, `output` (`Output` of the head) came back."""
-        ...
+Collect = Callable[[Sequence[Tensor], Any], object]
+"""Keeps something of a batch and of what the head made of it, its `Output`."""
 
 
 def run_over(
     model: Head,
     batches: Iterable[Sequence[Tensor]],
-    *collectors: Collector,
+    *collects: Collect,
     autocast: Autocast = nullcontext,
-    constants: dict[str, Any] | None = None,
+    classes: TextFeatures | None = None,
 ) -> None:
     """Run `model` once over `batches`, without gradients and in evaluation mode.
 
-    `constants` go with every batch; None computes the model's own, once.
+    `classes` are its `class_features`; None computes them, once.
     Raises `ValueError` where there are no batches, `UserError` where the model's numbers are not finite.
     """
     count = 0
     with evaluating(model), finite_or_told(), torch.inference_mode():
         with autocast():
-            constants = model.constants() if constants is None else constants
+            classes = model.class_features() if classes is None else classes
         for batch in batches:
             with autocast():
-                output = model.run(batch, **constants)
-            for collector in collectors:
-                collector.add(batch, output)
+                output = model.run(batch, classes=classes)
+            for collect in collects:
+                collect(batch, output)
             count += 1
     if not count:
         raise ValueError("there are no pictures to look at")

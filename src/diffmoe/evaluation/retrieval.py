@@ -1,11 +1,9 @@
 """How well texts find pictures and pictures texts, over a full gallery.
 
-Shapes: I pictures, M texts, D width, V words.
+Shapes: I pictures, M texts, D width.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -51,14 +49,3 @@ def ranks(similarity: Tensor, right: Tensor) -> Tensor:
     """
     best = similarity.masked_fill(~right, float("-inf")).amax(1, keepdim=True)
     return 1 + ((similarity >= best) & ~right).sum(1)
-
-
-def word_vectors(texts: Sequence[str], vocabulary_of: Sequence[str]) -> Tensor:
-    """Bags of words, (M, V) float32 of unit norm, over the words of `vocabulary_of`: a baseline of what is alike."""
-    place = {word: n for n, word in enumerate(sorted({word for text in vocabulary_of for word in text.split()}))}
-    vectors = torch.zeros(len(texts), len(place))
-    for row, text in enumerate(texts):
-        for word in text.split():
-            if word in place:
-                vectors[row, place[word]] += 1
-    return F.normalize(vectors, dim=-1)

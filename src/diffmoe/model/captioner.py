@@ -19,7 +19,7 @@ from diffmoe.model.generation import Generated, check_generation, search
 from diffmoe.model.heads import Head, Score
 from diffmoe.model.layers import evaluating
 from diffmoe.model.multimodal import MultiModalMoE
-from diffmoe.model.outputs import CaptionerOutput
+from diffmoe.model.outputs import CaptionerOutput, TextFeatures
 from diffmoe.model.routers import router_kind
 from diffmoe.model.sequence import CaptionCache, Context, TokenSequence
 
@@ -146,16 +146,21 @@ class Captioner(Head):
         return type(self)(config, self.output_tokens.cpu())
 
     def run(
-        self, batch: Sequence[Tensor], *, need_weights: bool = False, need_losses: bool = False, **constants: Any
+        self,
+        batch: Sequence[Tensor],
+        *,
+        classes: TextFeatures | None = None,
+        need_weights: bool = False,
+        need_losses: bool = False,
     ) -> CaptionerOutput:
         """Pictures (B, C, H, W), their captions (B, T) int64 and the captions' mask (B, T)."""
         images, tokens, mask = batch
-        return self.read(images, tokens, mask, need_weights=need_weights, need_losses=need_losses, **constants)
+        return self.read(images, tokens, mask, need_weights=need_weights, need_losses=need_losses)
 
-    def answer(self, batch: Sequence[Tensor], **constants: Any) -> CaptionerOutput:
+    def answer(self, batch: Sequence[Tensor], *, classes: TextFeatures | None = None) -> CaptionerOutput:
         """As `Head` says: with the logits of all tokens."""
         images, tokens, mask = batch
-        return self.read(images, tokens, mask, need_logits=True, **constants)
+        return self.read(images, tokens, mask, need_logits=True)
 
     def num_targets(self, batch: Sequence[Tensor]) -> Tensor:
         """Tokens that come next and can be written, the captions' ends among them: int64 scalar."""
@@ -305,7 +310,7 @@ def _check_output_tokens(tokens: Tensor, vocab_size: int) -> None:
         raise ValueError(f"output_tokens must rise, each once, from 0 to under vocab_size ({vocab_size})")
 
 
-def _with_fields(config: GenerationConfig, fields: dict[str, Any]) -> GenerationConfig:
+def _with_fields(config: GenerationConfig, fields: Mapping[str, Any]) -> GenerationConfig:
     known = [field.name for field in dataclasses.fields(GenerationConfig)]
     for name in fields:
         if name not in known:

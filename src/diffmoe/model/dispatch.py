@@ -69,9 +69,9 @@ class LocalDispatch:
         if reason := why_not(name, x_TD, weights):
             able = [other for other in BACKENDS if why_not(other, x_TD, weights) is None]
             raise UserError(f"expert_backend {name!r} cannot run here: {reason}; {', '.join(able)} and auto can")
-        backend = BACKENDS[name]
-        placement = backend.place(plan)
-        y_PD = backend.run(gather(x_TD, placement), placement.rows, weights, activation, dropout)
+        place, run = BACKENDS[name]
+        placement = place(plan)
+        y_PD = run(gather(x_TD, placement), placement.rows, weights, activation, dropout)
         return combine(y_PD, plan.gates, placement)
 
 
@@ -178,19 +178,13 @@ def place_everywhere(plan: Plan) -> Placement:
     return Placement(token_T.repeat(num_experts), expert_TK * num_tokens + token_T[:, None], None)
 
 
-class Backend(NamedTuple):
-    """How slots are placed, and how the rows are run."""
-
-    place: Callable[[Plan], Placement]
-    run: RunExperts
-
-
-BACKENDS = {
-    "sorted": Backend(place_sorted, looped_experts),
-    "padded": Backend(place_few, batched_experts),
-    "grouped": Backend(place_on_device, grouped_experts),
-    "masked": Backend(place_everywhere, batched_experts),
+BACKENDS: dict[str, tuple[Callable[[Plan], Placement], RunExperts]] = {
+    "sorted": (place_sorted, looped_experts),
+    "padded": (place_few, batched_experts),
+    "grouped": (place_on_device, grouped_experts),
+    "masked": (place_everywhere, batched_experts),
 }
+"""How slots are placed, and how the rows are run."""
 
 
 def gather(x_TD: Tensor, placement: Placement) -> Tensor:

@@ -108,38 +108,32 @@ class UnifiedModalEncoder(nn.Module):
         return out, routing, maps
 
 
-class _Stack(nn.Module):
-    """Runs layers one after another, with gradient checkpointing where the config asks for it."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.use_gradient_checkpointing = config.use_gradient_checkpointing
-
-    def run(self, layers: nn.ModuleList, sequence: TokenSequence, *args: Any) -> Encoded:
-        """The sequence through `layers`, each called with (sequence, *args)."""
-        routings: list[Routing] = []
-        maps: list[AttentionMap] = []
-        for layer in layers:
-            if self.use_gradient_checkpointing and self.training:
-                x, routing, attention = checkpoint(layer, sequence, *args, use_reentrant=False)
-            else:
-                x, routing, attention = layer(sequence, *args)
-            sequence = sequence.at(x)
-            routings += [] if routing is None else [routing]
-            maps += attention
-        return Encoded(sequence.tokens, tuple(routings), tuple(maps))
+def _through(layers: nn.ModuleList, sequence: TokenSequence, *args: Any, recomputed: bool) -> Encoded:
+    """The sequence through one layer after another, each called with (sequence, *args); `recomputed` going backward."""
+    routings: list[Routing] = []
+    maps: list[AttentionMap] = []
+    for layer in layers:
+        if recomputed:
+            x, routing, attention = checkpoint(layer, sequence, *args, use_reentrant=False)
+        else:
+            x, routing, attention = layer(sequence, *args)
+        sequence = sequence.at(x)
+        routings += [] if routing is None else [routing]
+        maps += attention
+    return Encoded(sequence.tokens, tuple(routings), tuple(maps))
 
 
-class _Tower(_Stack):
+class _Tower(nn.Module):
     """A stack of blocks of one place."""
 
     def __init__(self, config: ModelConfig, place: Place, num_layers: int) -> None:
-        super().__init__(config)
+        super().__init__()
+        self.checkpointing = config.use_gradient_checkpointing
         self.blocks = nn.ModuleList(UnifiedModalEncoder(config, place, layer) for layer in range(num_layers))
 
     def forward(self, sequence: TokenSequence, need_weights: bool = False) -> Encoded:
         """Through all blocks; with a past, the tokens are those that come after it."""
-        return self.run(self.blocks, sequence, need_weights)
+        return _through(self.blocks, sequence, need_weights, recomputed=self.checkpointing and self.training)
 
 
 class ImageEncoder(_Tower):
@@ -189,14 +183,15 @@ class FusionLayer(nn.Module):
         return x, routing, maps
 
 
-class CrossModalFusion(_Stack):
+class CrossModalFusion(nn.Module):
     """Fusion encoder: layers in which `query` (one modality) reads `context` (the other).
 
     Pictures read text for classification and matching; text reads pictures, causally, for captioning.
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
+        super().__init__()
+        self.checkpointing = config.use_gradient_checkpointing
         self.layers = nn.ModuleList(FusionLayer(config, layer) for layer in range(config.fusion_layers))
 
     def prepare(self, context: Tensor) -> Context:
@@ -208,4 +203,4 @@ class CrossModalFusion(_Stack):
 
     def forward(self, query: TokenSequence, context: Context, need_weights: bool = False) -> Encoded:
         """The query, which comes out, reads the context, all of whose tokens it sees."""
-        return self.run(self.layers, query, context, need_weights)
+        return _through(self.layers, query, context, need_weights, recomputed=self.checkpointing and self.training)

@@ -23,10 +23,10 @@ def gather_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
     device = tensors[0].device
     counts = torch.empty(world_size(), dtype=torch.int64, device=device)
     distributed.all_gather_into_tensor(counts, torch.tensor([len(tensors[0])], device=device))
-    return tuple(_Gather.apply(tensor, counts.tolist()) for tensor in tensors)
+    return tuple(_RowsOfAll.apply(tensor, counts.tolist()) for tensor in tensors)
 
 
-class _Gather(torch.autograd.Function):
+class _RowsOfAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, counts: list[int]) -> Tensor:
         ctx.rows = slice(sum(counts[: distributed.get_rank()]), sum(counts[: distributed.get_rank() + 1]))

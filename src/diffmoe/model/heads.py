@@ -50,19 +50,24 @@ class Head(nn.Module, ABC):
     def like(self, config: ModelConfig) -> Self:
         """A fresh one of another config, with the same classes or words."""
 
-    def constants(self) -> dict[str, Any]:
-        """What is computed once for many batches, for `run`."""
-        return {}
+    def class_features(self) -> TextFeatures | None:
+        """The descriptions of the classes through the text tower, read once for many batches; None without any."""
+        return None
 
     @abstractmethod
     def run(
-        self, batch: Sequence[Tensor], *, need_weights: bool = False, need_losses: bool = False, **constants: Any
+        self,
+        batch: Sequence[Tensor],
+        *,
+        classes: TextFeatures | None = None,
+        need_weights: bool = False,
+        need_losses: bool = False,
     ) -> Output:
-        """A batch of the task's data, pictures first."""
+        """A batch of the task's data, pictures first. `classes` are the `class_features`; None computes them."""
 
-    def answer(self, batch: Sequence[Tensor], **constants: Any) -> Output:
+    def answer(self, batch: Sequence[Tensor], *, classes: TextFeatures | None = None) -> Output:
         """`run` as far as the logits: what a prediction costs."""
-        return self.run(batch, **constants)
+        return self.run(batch, classes=classes)
 
     @abstractmethod
     def num_targets(self, batch: Sequence[Tensor]) -> Tensor | int:
@@ -78,7 +83,12 @@ class Classifier(Head):
 
     @abstractmethod
     def run(
-        self, batch: Sequence[Tensor], *, need_weights: bool = False, need_losses: bool = False, **constants: Any
+        self,
+        batch: Sequence[Tensor],
+        *,
+        classes: TextFeatures | None = None,
+        need_weights: bool = False,
+        need_losses: bool = False,
     ) -> ClassifierOutput:
         """Labels are read for the losses only."""
 
@@ -139,22 +149,19 @@ class ImageClassifier(Classifier):
     def like(self, config: ModelConfig) -> Self:
         return type(self)(config, self.class_tokens, self.class_mask)
 
-    def constants(self) -> dict[str, Any]:
-        """The classes through the text tower."""
-        return {"classes": self.class_features()}
-
     def run(
-        self, batch: Sequence[Tensor], *, need_weights: bool = False, need_losses: bool = False, **constants: Any
+        self,
+        batch: Sequence[Tensor],
+        *,
+        classes: TextFeatures | None = None,
+        need_weights: bool = False,
+        need_losses: bool = False,
     ) -> ClassifierOutput:
         """Pictures (B, C, H, W) and, for the losses, their labels (B,) int64."""
-        labels = batch[1] if need_losses else None
-        return self.classify(batch[0], labels=labels, need_weights=need_weights, need_losses=need_losses, **constants)
+        return self.classify(batch[0], batch[1] if need_losses else None, classes, need_weights, need_losses)
 
     def class_features(self) -> TextFeatures | None:
-        """The classes through the text tower: in training one sentence a class, drawn anew; else the mean of all S.
-
-        Compute it once for many batches and hand it to `forward`; None without descriptions.
-        """
+        """As `Head` says; in training one sentence a class, drawn anew; else the mean of all S."""
         if self.class_tokens is None or self.class_mask is None:
             return None
         num_classes, num_sentences = self.class_tokens.shape[:2]

@@ -23,6 +23,7 @@ from diffmoe.model.experts import ExpertWeights
 from diffmoe.model.heads import Head
 from diffmoe.model.layers import evaluating
 from diffmoe.model.moe import GeneralExperts
+from diffmoe.model.outputs import TextFeatures
 from diffmoe.model.routing import Plan
 from diffmoe.profiling.parts import METHODS, ORDER, count_by_part, module_parts
 from diffmoe.profiling.throughput import Batch, Contender
@@ -117,11 +118,12 @@ def measure(contender: Contender, draw: Callable[[], Batch], loads: bool, steps:
         held, peak, trace = _memory(tracker, step, contender.fabric.device)
     ms, counts, rows = sum(middle, Counter()), count_by_part(contender.model), []
     for part in sorted({*counts, *held, *(part for part, _ in ms)}, key=lambda part: ORDER.index(part.split("/")[-1])):
-        row: dict[str, Any] = {"place": part.rpartition("/")[0], "part": part.rpartition("/")[2]}
-        row["parameters"], row["parameters_active"] = counts.get(part, (0, 0))
-        row |= {f"{which}_flops": flops[part, which] for which in (FORWARD, BACKWARD)}
+        place, _, name = part.rpartition("/")
+        total, active = counts.get(part, (0, 0))
+        row = {"place": place, "part": name, "parameters": total, "parameters_active": active}
+        worked = {f"{which}_flops": flops[part, which] for which in (FORWARD, BACKWARD)}
         times = {f"{which}_ms": ms[part, which] / len(middle) for which in (FORWARD, BACKWARD, ONCE)}
-        rows.append(row | times | {"ms": sum(times.values()), "held_bytes": held[part]})
+        rows.append(row | worked | times | {"ms": sum(times.values()), "held_bytes": held[part]})
     return rows, peak, trace
 
 
@@ -145,11 +147,11 @@ def flops_per_image(model: Head, draw: Callable[[int], Batch]) -> int:
     pools = [module for module in model.modules() if isinstance(module, GeneralExperts)]
     dispatches = [pool.dispatch for pool in pools]
     with evaluating(model), torch.no_grad():
-        constants = model.constants()
+        classes = model.class_features()
         try:
             for pool in pools:
                 pool.dispatch = _exactly_the_slots  # pyright: ignore[reportAttributeAccessIssue]
-            one, two = (_forward_flops(model, draw(size), constants) for size in (1, 2))
+            one, two = (_forward_flops(model, draw(size), classes) for size in (1, 2))
         finally:
             for pool, dispatch in zip(pools, dispatches, strict=True):
                 pool.dispatch = dispatch
@@ -163,9 +165,9 @@ def _exactly_the_slots(x_TD: Tensor, plan: Plan, weights: ExpertWeights, *_: Any
     return x_TD
 
 
-def _forward_flops(model: Head, batch: Batch, constants: dict[str, Any]) -> int:
+def _forward_flops(model: Head, batch: Batch, classes: TextFeatures | None) -> int:
     with flop_counter() as counter:
-        model.answer(batch, **constants)
+        model.answer(batch, classes=classes)
     return counter.get_total_flops()
 
 

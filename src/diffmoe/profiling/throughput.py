@@ -34,13 +34,13 @@ class Contender(Trainee):
     def inference(self) -> Iterator[Callable[[Batch], Any]]:
         """What to call with a batch within; class descriptions, where there are any, are read before."""
         with evaluating(self.model), torch.inference_mode(), self.fabric.autocast():
-            constants = self.model.constants()
-            yield lambda batch: self.model.answer(batch, **constants)
+            classes = self.model.class_features()
+            yield lambda batch: self.model.answer(batch, classes=classes)
 
 
 def race(
     contenders: dict[str, Contender], batch_sizes: Sequence[int], draw: Callable[[int], Batch], rounds: int
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[dict[str, str | float]]:
     """Time every model, "dense" among them, in each mode at every batch size, by turns, on the same new batches.
 
     A turn is a step that is not timed, after which caches and allocator are the model's own again, and one that is.
@@ -60,6 +60,11 @@ def race(
                             spent = 1000 * (time.perf_counter() - start)
                     ms[name].append(spent)
             for name, (_, *times) in ms.items():
-                row = {"model": name, "mode": mode, "batch_size": size, "ms": median(times)}
-                row |= {"images_per_second": 1000 * size / median(times)}
-                yield row | {"time_over_dense": median(map(float.__truediv__, times, ms["dense"][1:]))}
+                yield {
+                    "model": name,
+                    "mode": mode,
+                    "batch_size": size,
+                    "ms": median(times),
+                    "images_per_second": 1000 * size / median(times),
+                    "time_over_dense": median(map(float.__truediv__, times, ms["dense"][1:])),
+                }

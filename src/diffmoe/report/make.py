@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor
 from tqdm import tqdm
 
 from diffmoe.config import DataConfig, UserError, VisualizationConfig, dataset_name
@@ -51,7 +49,7 @@ def make_report(
     device: str = "auto",
     show: VisualizationConfig | None = None,
     command: str = "",
-) -> dict[str, Any]:
+) -> dict[str, str | list[str]]:
     """Look at a model: `{report, figures}`, the paths of the page and of its figures.
 
     Args:
@@ -99,11 +97,8 @@ def _open_subject(
     loaded = load_dataset(used.info.split_as_trained(data), used.picture)
     used.task.check_data(used.info.class_names, loaded, used.checkpoint)
     of_split = getattr(loaded, split)
-    return Subject(used, of_split.subset(_drawn(of_split)), run.read_history(), run.read_metrics(), show), len(of_split)
-
-
-def _drawn(split: Sized) -> Tensor:
-    return sample(len(split), seed=0, most=MOST_PICTURES)
+    shown = of_split.subset(sample(len(of_split), seed=0, most=MOST_PICTURES))
+    return Subject(used, shown, run.read_history(), run.read_metrics(), show), len(of_split)
 
 
 def _sections(subject: Subject, folder: Path, saved: list[Path]) -> Iterator[Section]:

@@ -153,8 +153,13 @@ def specialization(subject: Subject) -> Section:
     """What an expert tells of the class."""
     labels, names = subject.predictions.labels, subject.class_names
     counts = torch.stack([class_expert_counts(block, labels, len(names)) for block in subject.image_blocks])
-    title = say("Experts and classes")
-    return Section(title, experts.specialization(counts, names), how_to_read(experts.specialization))
+    drawn = [experts.specialization(counts, names)]
+    if "+" in subject.predictor.info.dataset:  # several sets, named before their classes
+        sets = [name.partition(": ")[0] for name in names]
+        of_set = [torch.tensor([found == name for found in sets]) for name in dict.fromkeys(sets)]
+        by_set = torch.stack([counts[:, rows].sum(1) for rows in of_set], 1)
+        drawn.append(experts.specialization(by_set, tuple(dict.fromkeys(sets))))
+    return Section(say("Experts and classes"), drawn, how_to_read(experts.specialization))
 
 
 def coactivation(subject: Subject) -> Section:
@@ -196,11 +201,11 @@ def attention_rollout(subject: Subject) -> Section:
 def class_maps(subject: Subject) -> Section:
     """Pictures read with the descriptions of the classes."""
     title = say("Pictures and class descriptions")
-    if subject.classifier.class_tokens is None:
-        return _left_out(title, say("this model was trained without class descriptions."))
     rows, used = subject.examples, subject.predictor
+    if used.classes is None:
+        return _left_out(title, say("this model was trained without class descriptions."))
     pictures = used.prepare(subject.images[rows])
-    similarity = patch_similarity(used.model, pictures, used.constants["classes"]).cpu()
+    similarity = patch_similarity(used.model, pictures, used.classes).cpu()
     drawn = [
         attention.class_maps(subject.images[row], subject.class_names, similarity[number])
         for number, row in enumerate(rows.tolist())
@@ -232,7 +237,7 @@ def word_maps(subject: Subject) -> Section:
 def embedding_space(subject: Subject) -> Section:
     """The pictures in a plane."""
     rows, used = embeddings.sample(len(subject.split), seed=0), subject.predictor
-    points, labels = embeddings.embed(used.model, subject.batches(rows).epoch(), constants=used.constants)
+    points, labels = embeddings.embed(used.model, subject.batches(rows).epoch(), classes=used.classes)
     figure = embedding_map(embeddings.project(points, seed=0), labels, subject.class_names)
     return Section(say("Embedding space"), figure, how_to_read(embedding_map))
 
@@ -246,7 +251,7 @@ def without_experts(subject: Subject) -> Section:
     passes = 1 + len(subject.blocks) * config.num_general_experts
     rows = embeddings.sample(len(subject.images), seed=0, most=max(200, min(2000, ABLATION_PASSES // passes)))
     batches = subject.batches(rows)
-    found = ablation(subject.predictor.model, batches.epoch, constants=subject.predictor.constants)
+    found = ablation(subject.predictor.model, batches.epoch, classes=subject.predictor.classes)
     return Section(title, experts.ablation_map(found), how_to_read(experts.ablation_map))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -22,7 +23,7 @@ from diffmoe.evaluation.classification import (
     take_predictions,
 )
 from diffmoe.evaluation.experts import BlockRouting, RoutingCollector
-from diffmoe.evaluation.passes import Collector, Kept, run_over
+from diffmoe.evaluation.passes import Collect, Kept, run_over
 from diffmoe.inference import Predictor
 from diffmoe.model.captioner import Captioner
 from diffmoe.model.encoders import AttentionMap
@@ -46,7 +47,7 @@ class Subject:
     """`Split` or `CaptionSplit`."""
     history: list[Metrics]
     """Of its training, an epoch a row; empty where it is not there."""
-    metrics: dict[str, Any]
+    metrics: Mapping[str, object]
     """What training and testing wrote of it; empty where that is not there."""
     show: VisualizationConfig
 
@@ -90,8 +91,8 @@ class Subject:
         """The routing of all pictures and, where there are labels, the predictions."""
         batches, routing, predictions = self.batches(), RoutingCollector(), Kept(take_predictions)
         shown = tqdm(batches.epoch(), "looking", total=len(batches), unit=" batches", leave=False, disable=None)
-        wanted: list[Collector] = [routing, predictions] if self.class_names else [routing]
-        run_over(self.predictor.model, shown, *wanted, constants=self.predictor.constants)
+        wanted: list[Collect] = [routing.add, predictions.add] if self.class_names else [routing.add]
+        run_over(self.predictor.model, shown, *wanted, classes=self.predictor.classes)
         return routing.blocks(), predictions
 
     @property
@@ -120,7 +121,7 @@ class Subject:
         used, pictures = self.predictor, self._example_pictures
         batch = used.task.answered(used.model, pictures, self.generation)
         with evaluating(used.model), torch.no_grad():
-            return used.model.run(batch, need_weights=True, **used.constants).attention
+            return used.model.run(batch, classes=used.classes, need_weights=True).attention
 
     @property
     def _example_pictures(self) -> Tensor:

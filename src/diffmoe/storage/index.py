@@ -21,7 +21,7 @@ from diffmoe.files import write_atomically
 
 INDEX_FORMAT = "diffmoe-index-1"
 
-Kind = Literal["pictures", "texts"]
+Embedded = Literal["pictures", "texts"]
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,15 @@ class Index:
     """float32 (N, D) on the CPU, of unit norm."""
     items: tuple[str, ...]
     """For each row what was embedded: a picture's name, or the text."""
-    kind: Kind
+    kind: Embedded
     model: str
     """`model_fingerprint` of the model that embedded."""
     gallery: str
     """`gallery_fingerprint` of what was embedded."""
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise ValueError(f"the kind is {self.kind!r}: it must be one of {', '.join(get_args(Kind))}")
+        if self.kind not in get_args(Embedded):
+            raise ValueError(f"the kind is {self.kind!r}: it must be one of {', '.join(get_args(Embedded))}")
         if self.embeddings.dtype != torch.float32 or self.embeddings.dim() != 2:
             raise ValueError(
                 f"the embeddings are {self.embeddings.dtype} {tuple(self.embeddings.shape)}, not float32 2D"

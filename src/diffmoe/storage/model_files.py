@@ -79,7 +79,7 @@ class ModelFile:
         return PictureSpec(config.img_size, config.in_channels, self.data.mean, self.data.std)
 
 
-def save_model(path: Path, model: Head, data: DataInfo, state: Mapping[str, Any] | None = None) -> None:
+def save_model(path: Path, model: Head, data: DataInfo, state: Mapping[str, torch.Tensor] | None = None) -> None:
     """Write a model with the config that made it and what it needs to know of its data.
 
     `state` is its state dict where it had to be gathered.
@@ -94,7 +94,7 @@ def save_model(path: Path, model: Head, data: DataInfo, state: Mapping[str, Any]
     write(path, content)
 
 
-def write(path: Path, content: dict[str, Any]) -> None:
+def write(path: Path, content: Mapping[str, object]) -> None:
     """Save atomically. Through memory: torch reports a full disk as a failure of its own."""
     buffer = io.BytesIO()
     torch.save(content, buffer)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from diffmoe.config import RunConfig, UserError, dataset_name
-from diffmoe.files import check_writable, write_atomically
+from diffmoe.files import as_json, check_writable, write_atomically
 
 Metrics = dict[str, float]
 """Figures by name: a row of the history."""
@@ -107,9 +107,8 @@ class RunFiles:
         """Merge into `metrics.json`, keeping what else is there."""
         # Metrics are of float32: digits past the sixth are noise.
         rounded = json.loads(json.dumps(values), parse_float=lambda digits: round(float(digits), 6))
-        text = json.dumps({**self.read_metrics(), **rounded}, indent=2, ensure_ascii=False) + "\n"
-        encoded = text.encode("utf-8", "backslashreplace")  # what is no UTF-8, of a name, becomes a JSON escape
-        write_atomically(self.metrics, lambda path: path.write_bytes(encoded))
+        text = as_json({**self.read_metrics(), **rounded}, indent=2)
+        write_atomically(self.metrics, lambda path: path.write_text(text, "utf-8"))
 
     def read_metrics(self) -> dict[str, Any]:
         """What `metrics.json` holds; empty where there is none. Raises `UserError` where it is damaged."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,13 +15,13 @@ from torch import Tensor
 
 from diffmoe.config import VOCAB_SIZE, GenerationConfig, ModelConfig, UserError
 from diffmoe.config.settings import Settings
-from diffmoe.data.augmentation import Augmentation
 from diffmoe.data.batches import PictureBatches
 from diffmoe.data.loading import Dataset
 from diffmoe.data.pictures import PictureSpec
 from diffmoe.data.sources import Kind
 from diffmoe.evaluation.passes import Autocast
 from diffmoe.model.heads import Head
+from diffmoe.model.outputs import TextFeatures
 from diffmoe.model.routers import router_kind
 from diffmoe.storage.run_files import Metrics
 
@@ -40,7 +40,7 @@ class Runtime:
 class Tested:
     """What came of a test split."""
 
-    metrics: dict[str, Any]
+    metrics: Mapping[str, object]
     """As metrics.json has them."""
     figures: dict[str, Figure]
     """By file name, without ending."""
@@ -101,7 +101,7 @@ class Task(ABC):
             device=device,
             shuffle=True,
             seed=settings.training.seed,
-            augment=Augmentation.from_config(settings.data),
+            augment=settings.data,
             rank=rank,
             world_size=world_size,
             num_workers=settings.data.num_workers,
@@ -121,7 +121,7 @@ class Task(ABC):
         """Score the test split, and draw what is seen of it."""
 
     @abstractmethod
-    def report_lines(self, metrics: dict[str, Any], data: Dataset) -> list[str]:
+    def report_lines(self, metrics: Mapping[str, Any], data: Dataset) -> list[str]:
         """A test's metrics as lines for the terminal."""
 
     def check_outputs(self, folder: Path, overwrite: bool) -> None:
@@ -136,20 +136,19 @@ class Task(ABC):
     # What a trained model can be asked; each raises `UserError` where it cannot.
 
     @abstractmethod
-    def classify(self, model: Any, pictures: Tensor, constants: dict[str, Any]) -> Tensor:
-        """(N, C, H, W) normalised -> (N, classes) probabilities, on the CPU."""
+    def classify(self, model: Any, pictures: Tensor, classes: TextFeatures | None) -> Tensor:
+        """(N, C, H, W) normalised -> (N, classes) probabilities, on the CPU; `classes` are the `class_features`."""
 
     @abstractmethod
     def caption(self, model: Any, pictures: Tensor, config: GenerationConfig, seed: int) -> list[str]:
         """(N, C, H, W) normalised -> a sentence for each."""
 
     @abstractmethod
-    def compare(self, model: Any, pictures: Tensor, text: str, constants: dict[str, Any]) -> list[dict[str, Any]]:
+    def compare(self, model: Any, pictures: Tensor, text: str, classes: TextFeatures | None) -> list[dict[str, object]]:
         """What a text adds that is said of each of (N, C, H, W) normalised pictures, beside its similarity."""
 
     def reads_texts(self, model: Any) -> bool:
         """Whether the model was taught to compare a picture with a text."""
-        del model
         return True
 
     @abstractmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,10 @@ from diffmoe.data.text import detokenize, tokenize
 from diffmoe.evaluation.captions import caption_metrics, missing_metrics, normalize_captions
 from diffmoe.evaluation.passes import Autocast, Kept, Scores, run_over
 from diffmoe.evaluation.retrieval import retrieval_metrics
+from diffmoe.files import as_json
 from diffmoe.model.captioner import Captioner
 from diffmoe.model.layers import evaluating
+from diffmoe.model.outputs import TextFeatures
 from diffmoe.model.routers import router_kind
 from diffmoe.tasks.base import Metrics, Runtime, Task, Tested
 
@@ -87,7 +89,7 @@ class Captioning(Task):
     def validate(self, model: Any, batches: PictureBatches[CaptionSplit], autocast: Autocast = nullcontext) -> Metrics:
         """Next-token loss and accuracy of each picture's first caption, and retrieval among these."""
         scores, pairs = Scores(model), Kept(lambda _, output: (output.image.embedding, output.text.embedding))
-        run_over(model, batches.epoch(), scores, pairs, autocast=autocast)
+        run_over(model, batches.epoch(), scores.add, pairs.add, autocast=autocast)
         images, texts = pairs.tensors()
         found = retrieval_metrics(images, texts, torch.arange(len(images)))
         return {
@@ -121,7 +123,7 @@ class Captioning(Task):
         }
         return Tested(metrics, figures, {FILE: captions_as_text(range(len(written)), written, split.captions)})
 
-    def report_lines(self, metrics: dict[str, Any], data: Dataset) -> list[str]:
+    def report_lines(self, metrics: Mapping[str, Any], data: Dataset) -> list[str]:
         from diffmoe.visualization.captions import caption_scores
 
         return [f"  {name:34}{value:>8}" for name, value in caption_scores(metrics).values()]
@@ -130,14 +132,16 @@ class Captioning(Task):
         """`captions.json`."""
         check_captions_file(folder / FILE, overwrite)
 
-    def classify(self, model: Captioner, pictures: Tensor, constants: dict[str, Any]) -> Tensor:
+    def classify(self, model: Captioner, pictures: Tensor, classes: TextFeatures | None) -> Tensor:
         """It cannot."""
         raise UserError("this model has no classes: it writes captions, and compares pictures with texts")
 
     def caption(self, model: Captioner, pictures: Tensor, config: GenerationConfig, seed: int) -> list[str]:
         return detokenize(model.generate(pictures, config, seed=seed).cpu())
 
-    def compare(self, model: Captioner, pictures: Tensor, text: str, constants: dict[str, Any]) -> list[dict[str, Any]]:
+    def compare(
+        self, model: Captioner, pictures: Tensor, text: str, classes: TextFeatures | None
+    ) -> list[dict[str, object]]:
         """`log_probability` of the text as a caption."""
         longest = model.config.max_text_len
         tokens, mask = (t.to(pictures.device) for t in tokenize([text], longest))
@@ -217,10 +221,10 @@ def captions_as_text(
     names: Sequence[Any], written: Sequence[str], references: Sequence[Sequence[str]] | None = None
 ) -> str:
     """A JSON list of {image, caption} and, where there are any, the human captions."""
-    rows: list[dict[str, Any]] = [{"image": name, "caption": c} for name, c in zip(names, written, strict=True)]
-    for row, texts in zip(rows, references or (), strict=references is not None):
-        row["references"] = list(texts)
-    return _as_text(rows)
+    rows = [{"image": name, "caption": caption} for name, caption in zip(names, written, strict=True)]
+    if references is not None:
+        rows = [{**row, "references": list(texts)} for row, texts in zip(rows, references, strict=True)]
+    return as_json(rows, indent=1)
 
 
 def check_captions_file(path: Path, overwrite: bool) -> None:
@@ -238,12 +242,7 @@ def is_captions_file(path: Path) -> bool:
         return False
     keys = (["image", "caption"], ["image", "caption", "references"])
     known = isinstance(rows, list) and all(isinstance(row, dict) and list(row) in keys for row in rows)
-    return known and text == _as_text(rows)
-
-
-def _as_text(rows: list[dict[str, Any]]) -> str:
-    text = json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
-    return text.encode("utf-8", "backslashreplace").decode()  # what is no UTF-8, of a name, becomes a JSON escape
+    return known and text == as_json(rows, indent=1)
 
 
 def _shapes_metrics(

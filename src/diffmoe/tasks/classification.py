@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,13 +15,14 @@ from diffmoe.config import GenerationConfig, ModelConfig, UserError
 from diffmoe.config.settings import Settings
 from diffmoe.data.batches import Batches, PictureBatches
 from diffmoe.data.descriptions import class_descriptions
-from diffmoe.data.loading import Dataset
+from diffmoe.data.loading import Dataset, Part
 from diffmoe.data.pictures import PictureSpec
 from diffmoe.data.splits import Split
 from diffmoe.data.text import tokenize
-from diffmoe.evaluation.classification import classification_metrics, pick_examples, predict
+from diffmoe.evaluation.classification import Predictions, classification_metrics, pick_examples, predict
 from diffmoe.evaluation.passes import Autocast, Scores, run_over
 from diffmoe.model.heads import Classifier, ImageClassifier
+from diffmoe.model.outputs import TextFeatures
 from diffmoe.tasks.base import Metrics, Runtime, Task, Tested
 
 
@@ -46,7 +47,9 @@ class Classification(Task):
         config = dataclasses.replace(settings.model, num_classes=found)
         if config.architecture != "moe":
             return Baseline(config)
-        return ImageClassifier(config, *class_tokens(data.known_as, data.class_names, config.max_text_len))
+        parts = data.parts or (Part(data.name, data.known_as, data.class_names),)
+        sentences = [of_class for part in parts for of_class in class_descriptions(part.known_as, part.class_names)]
+        return ImageClassifier(config, *class_tokens(sentences, config.max_text_len))
 
     def made_up(self, settings: Settings) -> Classifier:
         """Its class descriptions are templates of made-up names."""
@@ -54,7 +57,9 @@ class Classification(Task):
         if config.architecture != "moe":
             return Baseline(config)
         names = [f"class {number}" for number in range(config.num_classes)]
-        return ImageClassifier(config, *class_tokens(settings.data.dataset, names, config.max_text_len))
+        return ImageClassifier(
+            config, *class_tokens(class_descriptions(settings.data.dataset, names), config.max_text_len)
+        )
 
     def noise(self, model: Any, batch_size: int) -> Sequence[Tensor]:
         config = model.config
@@ -69,7 +74,7 @@ class Classification(Task):
 
     def validate(self, model: Any, batches: PictureBatches[Split], autocast: Autocast = nullcontext) -> Metrics:
         scores = Scores(model)
-        run_over(model, batches.epoch(), scores, autocast=autocast)
+        run_over(model, batches.epoch(), scores.add, autocast=autocast)
         return {"val_loss": scores.loss, "val_accuracy": scores.accuracy}
 
     def test(self, model: Any, data: Dataset, runtime: Runtime, settings: Settings) -> Tested:
@@ -92,9 +97,10 @@ class Classification(Task):
             ),
         }
         named = {name if name == "zero_shot_accuracy" else f"test_{name}": value for name, value in found.items()}
-        return Tested({**named, "class_names": list(names)}, drawn)
+        by_set = _by_set(data, predictions)
+        return Tested({**named, **by_set, "class_names": list(names)}, drawn)
 
-    def report_lines(self, metrics: dict[str, Any], data: Dataset) -> list[str]:
+    def report_lines(self, metrics: Mapping[str, Any], data: Dataset) -> list[str]:
         shown = {
             "test_accuracy": "accuracy",
             "test_top5_accuracy": "top-5 accuracy",
@@ -103,6 +109,7 @@ class Classification(Task):
         }
         if len(data.class_names) <= 5:
             del shown["test_top5_accuracy"]  # it is always 100%
+        shown |= {f"test_accuracy_{part.name}": f"accuracy on {part.name}" for part in data.parts}
         lines = [f"  {label:36}{metrics[name]:7.2%}" for name, label in shown.items() if name in metrics]
         width = max(len(name) for name in data.class_names)
         lines.append(f"  {'class':{width}}  precision  recall")
@@ -112,8 +119,8 @@ class Classification(Task):
             lines.append(f"  {name:{width}}  {precision:9.1%}  {recall:6.1%}")
         return lines
 
-    def classify(self, model: Classifier, pictures: Tensor, constants: dict[str, Any]) -> Tensor:
-        return model.run((pictures,), **constants).logits.softmax(-1).cpu()
+    def classify(self, model: Classifier, pictures: Tensor, classes: TextFeatures | None) -> Tensor:
+        return model.run((pictures,), classes=classes).logits.softmax(-1).cpu()
 
     def caption(self, model: Any, pictures: Tensor, config: GenerationConfig, seed: int) -> list[str]:
         """It cannot."""
@@ -122,17 +129,17 @@ class Classification(Task):
         )
 
     def compare(
-        self, model: ImageClassifier, pictures: Tensor, text: str, constants: dict[str, Any]
-    ) -> list[dict[str, Any]]:
+        self, model: ImageClassifier, pictures: Tensor, text: str, classes: TextFeatures | None
+    ) -> list[dict[str, object]]:
         """`with_text`, the classes given both.
 
         Picture and text are taken as independent given the class: their product, scaled, is the probability given both.
         """
-        classes = constants["classes"]
+        assert classes is not None  # or it would read no texts
         tokens, mask = (t.to(pictures.device) for t in tokenize([text], model.config.max_text_len))
         similarity = classes.embedding @ model.backbone.encode_text(tokens, mask)[0]
         given_text = (model.backbone.scale * similarity).softmax(-1).cpu()
-        both = self.classify(model, pictures, constants) * given_text
+        both = self.classify(model, pictures, classes) * given_text
         return [{"with_text": row} for row in both / both.sum(1, keepdim=True)]
 
     def reads_texts(self, model: Classifier) -> bool:
@@ -149,9 +156,20 @@ class Classification(Task):
         return torch.tensor(first[:: -(-len(first) // count)][:count])
 
 
-def class_tokens(dataset: str, class_names: Sequence[str], max_len: int) -> tuple[Tensor, Tensor]:
-    """The classes' descriptions as (C, S, T) tokens and mask."""
-    sentences = class_descriptions(dataset, class_names)
-    tokens, mask = tokenize([sentence for of_class in sentences for sentence in of_class], max_len)
-    shape = (len(sentences), len(sentences[0]))
+def _by_set(data: Dataset, predictions: Predictions) -> dict[str, float]:
+    """`test_accuracy_<set>` of each of several sets, whose pictures are told from those of all."""
+    found, start = {}, 0
+    for part in data.parts:
+        own = (predictions.labels >= start) & (predictions.labels < start + len(part.class_names))
+        right = predictions.probabilities[own].argmax(1) == predictions.labels[own]
+        found[f"test_accuracy_{part.name}"] = right.float().mean().item()
+        start += len(part.class_names)
+    return found
+
+
+def class_tokens(sentences: Sequence[Sequence[str]], max_len: int) -> tuple[Tensor, Tensor]:
+    """The classes' descriptions as (C, S, T) tokens and mask; of each class as many as all have."""
+    count = min(map(len, sentences))
+    tokens, mask = tokenize([sentence for of_class in sentences for sentence in of_class[:count]], max_len)
+    shape = (len(sentences), count)
     return tokens.unflatten(0, shape), mask.unflatten(0, shape)

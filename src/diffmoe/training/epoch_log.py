@@ -111,7 +111,7 @@ class EpochLog:
                 self.events.add_scalar(name, value, step)
         for block in self.blocks:
             between = np.arange(block.num_experts + 1) - 0.5  # a bin for each expert
-            chosen = block.expert_ids[block.real].numpy()
+            chosen = block.expert_ids[block.expert_ids >= 0].numpy()
             self.events.add_histogram(f"expert_load/{block.place}_{block.layer}", chosen, step, bins=between)
         if self.blocks:
             from diffmoe.visualization.patches import routing_sheet  # matplotlib takes a second

@@ -63,13 +63,9 @@ class Progress:
         self.window += 1
         self.pictures += int(sums["pictures"]) * world_size
 
-    def state(self) -> dict[str, Any]:
-        """As a dict of tensors and numbers, for a checkpoint."""
-        return dict(vars(self))
-
     @classmethod
     def of(cls, state: dict[str, Any]) -> Progress:
-        """What `state` returned. Raises `TypeError` or `ValueError` where it did not."""
+        """Of the fields in a checkpoint. Raises `TypeError` or `ValueError` where they are not such."""
         found = cls(**state)
         for name in ("epoch", "window", "step", "pictures", "epochs_since_best"):
             if not isinstance(value := getattr(found, name), int) or value < 0:
@@ -95,7 +91,7 @@ class Hooks:
     """What `fit` calls on its way. All ranks call all of them."""
 
     validate: Callable[[], Metrics]
-    """Scores the model."""
+    """Scores the model: `val_accuracy` is to rise."""
     save: Callable[[Progress], None]
     """After each epoch, and before stopping on a signal: save everything."""
     tell: Callable[[Progress], None]
@@ -104,9 +100,7 @@ class Hooks:
     """Once, early on: the whole training's expected seconds."""
 
 
-def fit(
-    trainee: Trainee, train: PictureBatches[Any], hooks: Hooks, progress: Progress, monitor: str = "val_accuracy"
-) -> Progress:
+def fit(trainee: Trainee, train: PictureBatches[Any], hooks: Hooks, progress: Progress) -> Progress:
     """Train to the end of `config.epochs` or of `config.max_seconds`, or until validation stops improving.
 
     Args:
@@ -114,7 +108,6 @@ def fit(
         train: training batches of this rank.
         hooks: what to call on the way.
         progress: where to start: a fresh `Progress()`, or a saved one to resume. Updated in place.
-        monitor: the metric of `validate` that is to rise.
 
     Raises:
         StopRequested: on SIGINT or SIGTERM, after the current step was finished and saved.
@@ -127,7 +120,7 @@ def fit(
     with _signals() as received:
         while (
             progress.epoch < config.epochs
-            and not _is_stale(progress, config)
+            and not 0 < config.patience <= progress.epochs_since_best
             and (progress.window or _steps_worth(trainee, progress, total_steps) < total_steps)
         ):
             trainee.objective.train()
@@ -135,7 +128,7 @@ def fit(
             rates = [learning_rate(step, total_steps, config) for step in begun]
             batches = iter(train.epoch(progress.epoch, start=progress.window * config.accumulation_steps))
             with _bar(fabric, progress, config.epochs, steps_per_epoch) as bar:
-                clock = _Clock(fabric, progress)
+                began = time.perf_counter() - progress.seconds  # validation does not count
                 while window := list(itertools.islice(batches, config.accumulation_steps)):
                     if (done := _steps_worth(trainee, progress, total_steps)) >= total_steps:
                         break
@@ -145,7 +138,7 @@ def fit(
                     except FloatingPointError as error:  # the router met what is not a number
                         raise _diverged(math.nan, progress.step) from error
                     progress.add(sums, fabric.world_size)
-                    clock.read()
+                    progress.seconds = time.perf_counter() - began
                     _show(fabric, bar, progress, seconds_left(progress, total_steps, config))
                     if progress.step == estimate_at:
                         hooks.estimate(progress.seconds + seconds_left(progress, total_steps, config))
@@ -153,11 +146,13 @@ def fit(
                         _finite_means(fabric, progress)
                         hooks.save(progress)
                         raise StopRequested(received)
-                clock.read(wait=True)
+                if fabric.device.type == "cuda":
+                    torch.cuda.synchronize(fabric.device)  # it may still be at work on what it was told
+                progress.seconds = time.perf_counter() - began
             averages = _finite_means(fabric, progress)
             # From the first rank: all must agree on what is best, and on when to stop.
             validation = fabric.broadcast(hooks.validate())
-            _finish_epoch(progress, rates, averages, validation, monitor)
+            _finish_epoch(progress, rates, averages, validation)
             hooks.save(progress)
             hooks.tell(progress)
             if _told_to_stop(fabric, received, progress):
@@ -179,23 +174,7 @@ def seconds_left(progress: Progress, total_steps: int, config: TrainingConfig) -
     return max(min(left, config.max_seconds - progress.seconds), 0.0) if config.max_seconds else left
 
 
-class _Clock:
-    """Adds the time that training takes to `progress`, validation apart."""
-
-    def __init__(self, fabric: Fabric, progress: Progress) -> None:
-        self.device, self.progress = fabric.device, progress
-        self.last = time.perf_counter()
-
-    def read(self, wait: bool = False) -> None:
-        """`wait` for a GPU, which would still be at work on what it was told: once an epoch."""
-        if wait and self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        self.progress.seconds += now - self.last
-        self.last = now
-
-
-def _finish_epoch(progress: Progress, rates: list[float], averages: Metrics, validation: Metrics, monitor: str) -> None:
+def _finish_epoch(progress: Progress, rates: list[float], averages: Metrics, validation: Metrics) -> None:
     if not math.isfinite(loss := validation.get("val_loss", 0.0)):
         raise _diverged(loss, progress.step)
     progress.epoch += 1
@@ -213,9 +192,10 @@ def _finish_epoch(progress: Progress, rates: list[float], averages: Metrics, val
             "peak_lr": max(rates),
         }
     )
-    improved = progress.best is None or validation[monitor] > progress.best
-    progress.best = validation[monitor] if improved else progress.best
-    progress.epochs_since_best = 0 if improved else progress.epochs_since_best + 1
+    if progress.best is None or validation["val_accuracy"] > progress.best:
+        progress.best, progress.epochs_since_best = validation["val_accuracy"], 0
+    else:
+        progress.epochs_since_best += 1
     progress.window, progress.sums = 0, {}
 
 
@@ -231,10 +211,6 @@ def _finite_means(fabric: Fabric, progress: Progress) -> Metrics:
 
 def _diverged(loss: float, step: int) -> UserError:
     return UserError(f"the loss is {loss} at step {step}: lower --lr or raise --warmup_fraction")
-
-
-def _is_stale(progress: Progress, config: TrainingConfig) -> bool:
-    return 0 < config.patience <= progress.epochs_since_best
 
 
 def _bar(fabric: Fabric, progress: Progress, epochs: int, steps: int) -> tqdm[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from lightning_fabric import Fabric
@@ -119,8 +119,8 @@ class Trainee:
 
 
 def _add(sums: Sums, step: Step, pictures: int, targets: Tensor) -> None:
-    metrics: dict[str, Any] = {"task_loss": step.task_loss, "own_loss": step.own_loss, "accuracy": step.accuracy}
-    for name, value in {**metrics, **step.parts}.items():
+    metrics = {"task_loss": step.task_loss, "own_loss": step.own_loss, "accuracy": step.accuracy, **step.parts}
+    for name, value in metrics.items():
         sums[name] = sums.get(name, 0) + value.detach() * (targets if name in BY_TARGET else pictures)
 
 

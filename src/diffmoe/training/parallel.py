@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from lightning_fabric import Fabric
@@ -54,11 +54,11 @@ def share_buffers(fabric: Fabric, model: nn.Module) -> None:
             torch.distributed.broadcast(buffer, src=0)
 
 
-def whole_state(fabric: Fabric, model: nn.Module) -> dict[str, Any]:
+def whole_state(fabric: Fabric, model: nn.Module) -> dict[str, Tensor]:
     """The state dict of the whole model, on the first rank; all ranks must ask, as parameters may be spread."""
     if fabric.world_size == 1:
         return model.state_dict()
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return get_model_state_dict(model, options=options)
+    return cast(dict[str, Tensor], get_model_state_dict(model, options=options))

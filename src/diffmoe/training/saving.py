@@ -46,7 +46,7 @@ class Saver:
 
 
 def save_run(
-    path: Path, trainee: Trainee, progress: Progress, shared: Mapping[str, Any], state: Mapping[str, Any]
+    path: Path, trainee: Trainee, progress: Progress, shared: Mapping[str, Any], state: Mapping[str, torch.Tensor]
 ) -> None:
     """Write `last.ckpt`; every rank must call it. `state` is the whole model's."""
     fabric = trainee.fabric
@@ -55,7 +55,7 @@ def save_run(
         "shared": dict(shared),
         "model": dict(state),
         "optimizer": trainee.optimizer.state_dict(),
-        "progress": progress.state(),
+        "progress": dict(vars(progress)),
         "rng": fabric.all_gather(_rng_state(fabric)),
     }
     if fabric.is_global_zero:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import Literal, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -106,7 +107,7 @@ def word_maps(image: Tensor, words: Sequence[str], weights: Tensor) -> Figure:
     Args:
         image: (1 or 3, height, width) uint8.
         words: W of them.
-        weights: (W, N), rows sum to 1: `WordAttention.weights`.
+        weights: (W, N), rows sum to 1: those of `word_attention`.
     """
     _check_count("words", len(words), weights)
     return _named_maps(image, words[:MOST], weights[:MOST], _share_of_attention(weights.shape[1]))
@@ -224,13 +225,13 @@ def _show(axes: Axes, image: Tensor, heat: NDArray[np.float32] | None, norm: Nor
     """The picture; with `heat` in grey, the cells of the heat map over it."""
     pixels = image.permute(1, 2, 0).cpu().numpy()
     height, width, channels = pixels.shape
-    drawn: dict[str, Any] = {"interpolation": "nearest", "extent": (0, width, height, 0)}
+    show = partial(axes.imshow, interpolation="nearest", extent=(0, width, height, 0))
     if heat is None:
-        axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, **drawn)
+        show(pixels, cmap="gray", vmin=0, vmax=255)
     else:
         grey = pixels @ np.array(style.LUMA if channels == 3 else (1,)) / 255
-        axes.imshow(DARK + (LIGHT - DARK) * grey, cmap="gray", vmin=0, vmax=1, **drawn)
-        axes.imshow(heat.reshape(_grid(len(heat), image)), cmap=ListedColormap(COLORS), norm=norm, **drawn)
+        show(DARK + (LIGHT - DARK) * grey, cmap="gray", vmin=0, vmax=1)
+        show(heat.reshape(_grid(len(heat), image)), cmap=ListedColormap(COLORS), norm=norm)
     no_axes(axes)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -91,15 +90,15 @@ def _in_square(points: Points, side: float) -> Points:
 
 def _scatter(axes: Axes, places: Points, number: int, size: float) -> None:
     color, marker = class_style(number)
-    edge: dict[str, Any] = {"linewidths": 0.3, "edgecolors": "white"}
-    axes.scatter(places[:, 0], places[:, 1], s=size, c=color, marker=marker, alpha=0.75, gid=f"class {number}", **edge)
+    x, y, name = places[:, 0], places[:, 1], f"class {number}"
+    axes.scatter(x, y, size, color, marker=marker, alpha=0.75, linewidths=0.3, edgecolors="white", gid=name)
 
 
 def _write_names(
     axes: Axes, medians: Points, names: Sequence[str], numbers: Sequence[int], side: float, font_size: float
 ) -> None:
     sizes = np.array([(style.inches(name, font_size) + 0.09, 1.4 * font_size / 72 + 0.04) for name in names])
-    box: dict[str, Any] = {"boxstyle": "square,pad=0.2", "linewidth": 0.7, "facecolor": (1, 1, 1, 0.85)}
+    box = {"boxstyle": "square,pad=0.2", "linewidth": 0.7, "facecolor": (1, 1, 1, 0.85)}
     for name, number, median, center in zip(names, numbers, medians, _places(medians, sizes, side), strict=True):
         (x, y), (median_x, median_y) = center, median
         if math.dist(center, median) > style.LINE:

@@ -77,9 +77,8 @@ def _show_routing(axes: Axes, image: Tensor, block: BlockRouting, numbered: bool
     height, width = image.shape[1:]
     patch = patch_size(image, block)
     axes.imshow(routing_picture(image, block), extent=(0, width, height, 0), interpolation="nearest")
-    line: dict[str, Any] = {"color": "white", "linewidth": 0.8}
-    axes.vlines(np.arange(patch, width, patch), 0, height, **line)
-    axes.hlines(np.arange(patch, height, patch), 0, width, **line)
+    axes.vlines(np.arange(patch, width, patch), 0, height, color="white", linewidth=0.8)
+    axes.hlines(np.arange(patch, height, patch), 0, width, color="white", linewidth=0.8)
     if numbered:
         ids_RQK, _ = on_grid(image, block)
         for (row, column), expert in np.ndenumerate(ids_RQK[..., 0]):

@@ -267,9 +267,9 @@ def per_class(
     figure = Figure(figsize=(7, 0.24 * len(worst) + 1.3), layout="constrained")
     axes = figure.add_subplot()
     axes.hlines(rows, precisions[worst], recalls[worst], color=style.MUTED, linewidth=2, zorder=2)
-    dot: dict[str, Any] = {"linestyle": "", "clip_on": False, "zorder": 3}
-    axes.plot(precisions[worst], rows, marker="o", color=style.BLUE, markersize=8, label=say("precision"), **dot)
-    axes.plot(recalls[worst], rows, marker="D", color=style.ORANGE, markersize=4.5, label=say("recall"), **dot)
+    plot = partial(axes.plot, linestyle="", clip_on=False, zorder=3)
+    plot(precisions[worst], rows, marker="o", color=style.BLUE, markersize=8, label=say("precision"))
+    plot(recalls[worst], rows, marker="D", color=style.ORANGE, markersize=4.5, label=say("recall"))
     axes.set_yticks(rows, [names[number] for number in worst])
     axes.set_ylim(-0.7, len(worst) - 0.3)
     axes.set_xlim(min(0.9, precisions[worst].min() - 0.02, recalls[worst].min() - 0.02), 1)

@@ -98,6 +98,7 @@ class ExpertChoiceRouter(AttentiveRouter):
         taken.scatter_(-2, wanted.topk(capacity, dim=-2).indices, True)
         if mask is not None:
             taken = taken & mask[..., None]
-        expert_ids = torch.where(taken, torch.arange(num_experts, device=logits.device), num_experts)
         gates = (logits.sigmoid() if self.is_sigmoid else probs) * taken * self.gate_scale
+        gates, expert_ids = gates.sort(dim=-1, descending=True, stable=True)
+        expert_ids = torch.where(taken.gather(-1, expert_ids), expert_ids, num_experts)
         return Routing(logits, probs, gates, expert_ids, count_tokens(expert_ids, num_experts), mask)

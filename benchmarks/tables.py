@@ -8,13 +8,12 @@ import json
 import os
 import platform
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
 from timing import Times, float32_products
 
-from diffmoe.hardware import use_fast_matmul
+from diffmoe.hardware import cpu_name, use_fast_matmul
 
 Row = dict[str, Any]
 """Column -> text or number; None where there is nothing to say."""
@@ -93,7 +92,7 @@ def environment() -> dict[str, Any]:
         onednn_is_exact = use_fast_matmul()
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),
@@ -111,10 +110,3 @@ def installed_version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from diffmoe.config import UserError
 from diffmoe.model.encoders import UnifiedModalEncoder
 from diffmoe.model.layers import Expert
 from diffmoe.model.moe import GeneralExperts
@@ -502,3 +503,36 @@ def test_the_report_has_the_figures_of_its_runs(tmp_path: Path, capsys: pytest.C
     reached = sum(line.split("|")[-2].strip() == "yes" for line in rows)
     assert f"{reached} of 2 goals reached" in text
     assert f"{reached} of 2 goals reached" in capsys.readouterr().out
+
+
+def test_the_results_are_those_that_are_kept() -> None:
+    """`docs/results.md` says what its script makes of `benchmarks/results/`, and nothing else."""
+    results = importlib.import_module("results")
+    kept = sorted(results.KEPT.glob("*.json"))
+    assert kept
+    assert results.WRITTEN.read_text(encoding="utf-8") == results.document(kept)
+
+
+def test_a_comparison_is_kept_and_told_with_how_it_was_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = importlib.import_module("results")
+    given = json.loads(sorted(results.KEPT.glob("*.json"))[0].read_text(encoding="utf-8"))
+    given["arms"]["moe"]["test_accuracy"] = {"mean": 0.1235, "std": 0.002, "values": []}
+    (tmp_path / "comparison.json").write_text(json.dumps({**given, "page": "somewhere"}), encoding="utf-8")
+    monkeypatch.setattr(results, "KEPT", tmp_path)
+    monkeypatch.setattr(results, "WRITTEN", tmp_path / "results.md")
+    assert results.main([str(tmp_path / "comparison.json")]) == 0
+    (tmp_path / "comparison.json").unlink()
+    (kept,) = tmp_path.glob("*.json")
+    assert "page" not in json.loads(kept.read_text(encoding="utf-8"))
+    told = (tmp_path / "results.md").read_text(encoding="utf-8")
+    for shown in (
+        given["command"],
+        given["machine"]["cpu"],
+        given["versions"]["torch"],
+        given["date"],
+        "12.35 ± 0.20%",
+    ):
+        assert shown in told
+    (tmp_path / "other.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(UserError, match=r"other\.json is no comparison\.json: it lacks command, "):
+        results.read(tmp_path / "other.json")

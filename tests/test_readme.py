@@ -89,6 +89,8 @@ def test_every_command_runs_in_its_order(
         argv = words[1:] if words[0] == "diffmoe" else words[2:]
         if "train_test" in argv:
             argv = [*argv, *SMALL]
+        if argv[0] == "compare":
+            argv = [*argv, *SMALL, "--seeds", "1"]
         if argv[0] == "profile":
             few = ["--steps", "1", "--batch_sizes", "1", "2", "--batch_size", "8"]
             argv = [*argv, *SMALL[: SMALL.index("--epochs")], *few]

@@ -34,6 +34,7 @@ COMMANDS = {
     "caption": "write a sentence for each picture",
     "visualize": "see what the experts do: figures and one page with all of them",
     "profile": "what a model costs: parameters, FLOPs, time and memory by part, speed beside the dense model",
+    "compare": "what the experts gain over a dense twin and baselines, over seeds, and whether it is chance",
     "app": "serve a web page that does all of this with a picture",
 }
 

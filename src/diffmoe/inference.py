@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffmoe.baselines import Baseline
 from diffmoe.config import GenerationConfig, UserError
 from diffmoe.config.recipes import generation_config
 from diffmoe.data.pictures import LazyImages
@@ -65,7 +66,10 @@ class Predictor:
 
     @property
     def backbone(self) -> MultiModalMoE:
-        """The two towers and the fusion."""
+        """The two towers and the fusion. Raises `UserError` where the model is a baseline, which has none."""
+        if isinstance(self.model, Baseline):
+            kind = self.model.config.architecture
+            raise UserError(f"the model in {self.checkpoint} is a baseline ({kind}): it can classify and no more")
         return self.model.backbone
 
     @property

@@ -27,7 +27,7 @@ from diffmoe.config.settings import Settings, as_yaml, parse_settings
 from diffmoe.data.loading import Dataset, load_dataset
 from diffmoe.data.pictures import PictureSpec
 from diffmoe.evaluation.experts import trace_experts
-from diffmoe.evaluation.history import routing_metrics
+from diffmoe.evaluation.history import first_experts, flutter, routing_metrics
 from diffmoe.files import check_outside_data, check_writable, write_atomically
 from diffmoe.hardware import Threads, pick_device, tuned
 from diffmoe.model.heads import Head
@@ -123,9 +123,9 @@ def train_run(settings: Settings, tell: Tell = print) -> dict[str, Any]:
 
         def save(progress: Progress) -> None:
             if progress.window == 0:  # an epoch ends: where the experts' load is by now, on the same batch each time
-                progress.history[-1] |= routing_metrics(
-                    epochs.see(trace_experts(trainee.evaluated, [sample], fabric.autocast))
-                )
+                blocks = epochs.see(trace_experts(trainee.evaluated, [sample], fabric.autocast))
+                before, progress.first_experts = progress.first_experts, first_experts(blocks)
+                progress.history[-1] |= routing_metrics(blocks) | flutter(before, progress.first_experts)
             saver.save(progress)
 
         hooks = Hooks(
@@ -137,8 +137,8 @@ def train_run(settings: Settings, tell: Tell = print) -> dict[str, Any]:
         return fabric.broadcast(files.read_metrics() if fabric.is_global_zero else {})
 
 
-def test_run(settings: Settings, tell: Tell = print) -> dict[str, Any]:
-    """Score a model file on the test split: updates `metrics.json`, draws the pictures, tells the figures.
+def test_run(settings: Settings, tell: Tell = print, draw: bool = True) -> dict[str, Any]:
+    """Score a model file on the test split: updates `metrics.json`, draws the pictures (`draw`), tells the figures.
 
     Returns what `metrics.json` holds. Raises `UserError`.
     """
@@ -169,7 +169,8 @@ def test_run(settings: Settings, tell: Tell = print) -> dict[str, Any]:
         runtime = Runtime(fabric.device, settings.data.num_workers, fabric.autocast)
         tested = task.test(model.to(fabric.device), data, runtime, settings)
         files.update_metrics({"dataset": data.name, "mode": settings.mode, **parameter_counts(model), **tested.metrics})
-        _draw(tested.figures, files, pictures, settings, task)
+        if draw:
+            _draw(tested.figures, files, pictures, settings, task)
         for name, text in tested.texts.items():
             write_atomically(pictures / name, lambda unfinished, text=text: unfinished.write_text(text, "utf-8"))
     tell(f"test, {len(data.test):,} pictures")

@@ -7,7 +7,7 @@ import torch
 from tests.evaluation.models import captioner, captions, random_block
 
 from diffmoe.evaluation.experts import tokens_per_expert, trace_experts
-from diffmoe.evaluation.history import load_history, routing_metrics
+from diffmoe.evaluation.history import first_experts, flutter, load_history, router_health, routing_metrics
 
 
 def test_there_and_back() -> None:
@@ -28,3 +28,28 @@ def test_the_mean_entropy_is_over_real_tokens() -> None:
     text = next(block for block in trace if block.place == "text")
     mean = float(text.entropy[text.real].mean())
     assert routing_metrics(trace)["router_entropy/text_0"] == pytest.approx(mean, rel=1e-6)
+
+
+def test_flutter_is_the_share_of_real_tokens_with_another_first_expert() -> None:
+    before = {"image_0": torch.tensor([[0, 1, 2, -1]]), "text_0": torch.tensor([[3]])}
+    now = {"image_0": torch.tensor([[0, 2, 1, -1]]), "image_1": torch.tensor([[0]])}
+    assert flutter(before, now) == {"flutter/image_0": pytest.approx(2 / 3)}
+    assert flutter({}, now) == {}
+
+
+def test_the_first_experts_of_a_block_are_its_best() -> None:
+    block = random_block()
+    assert torch.equal(first_experts([block])["image_0"], block.expert_ids[..., 0])
+
+
+def test_health_is_of_the_blocks_that_the_answer_goes_through() -> None:
+    loads = {"image_0": [0.5, 0.25, 0.25, 0.0], "image_1": [0.25, 0.25, 0.25, 0.25], "text_0": [1.0, 0.0, 0.0, 0.0]}
+    row = {f"expert_load/{name}/{expert}": load for name, of in loads.items() for expert, load in enumerate(of)}
+    changed = {"flutter/image_0": 0.5, "flutter/image_1": 0.25, "flutter/text_0": 1.0}
+    rows = [{"epoch": 1.0, **row, "flutter/image_0": float("nan")}, {"epoch": 2.0, **row, **changed}]
+    expected = {"min_load": 0.0, "max_load": 2.0}  # four experts: a fair share is a quarter
+    assert router_health(rows, {"image", "fusion"}) == [
+        {"epoch": 1.0, **expected},
+        {"epoch": 2.0, **expected, "flutter": 0.375},
+    ]
+    assert router_health([{"epoch": 1.0}], {"image"}) == []

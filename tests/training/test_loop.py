@@ -213,3 +213,37 @@ class TestSignals:
         handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
         run_fit(Recorder(), epochs=1)
         assert handlers == {n: signal.getsignal(n) for n in handlers}
+
+
+class TestTimeLimit:
+    """The schedule and the end follow the clock, a second a step here."""
+
+    @staticmethod
+    def train(monkeypatch: pytest.MonkeyPatch, **config: Any) -> tuple[Progress, list[float]]:
+        now = iter(range(10_000))
+        monkeypatch.setattr("diffmoe.training.loop.time.perf_counter", lambda: float(next(now)))
+        trainee, rates = make_trainee(Regression(), **config), []
+        step = trainee.step
+
+        def watch(window: Sequence[Any], rate: float) -> Any:
+            rates.append(rate)
+            return step(window, rate)
+
+        monkeypatch.setattr(trainee, "step", watch)
+        recorder = Recorder()
+        return fit(trainee, ListBatches(2, 2, 2, 2), recorder.hooks(), Progress()), rates
+
+    def test_it_ends_in_mid_epoch_and_the_rate_came_down_to_its_end(self, monkeypatch):
+        fields: dict[str, Any] = {"lr": 1.0, "warmup_fraction": 0.0, "final_lr_fraction": 0.0, "epochs": 1000}
+        progress, rates = self.train(monkeypatch, **fields, max_seconds=6.0)
+        # An epoch's end reads the clock once more: 5 seconds for its 4 steps, and the sixth is the last.
+        assert (progress.step, progress.epoch, progress.seconds) == (5, 2, 7.0)
+        gone = [0, 1, 2, 3, 5]
+        assert rates == pytest.approx([0.5 * (1 + math.cos(math.pi * seconds / 6)) for seconds in gone])
+        assert progress.history[-1]["step"] == 5
+
+    def test_steps_that_end_before_the_time_end_the_run(self, monkeypatch):
+        progress, rates = self.train(monkeypatch, epochs=2, max_seconds=1000.0)
+        assert (progress.step, progress.epoch) == (8, 2)
+        config = TrainingConfig(epochs=2)
+        assert rates == pytest.approx([learning_rate(step, 8, config) for step in range(8)])

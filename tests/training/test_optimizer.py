@@ -62,9 +62,9 @@ DECAYED = (
 
 def make_model(patch_embed: Literal["conv", "whitened"] = "conv") -> ImageClassifier:
     config = dataclasses.replace(
-        SMALL, patch_size=2, patch_embed=patch_embed, router_noise=True, classify_with="descriptions"
+        SMALL, patch_size=2, num_classes=10, patch_embed=patch_embed, router_noise=True, classify_with="descriptions"
     )
-    return ImageClassifier(config, torch.ones(3, 1, 6, dtype=torch.int64))
+    return ImageClassifier(config, torch.ones(config.num_classes, 1, 6, dtype=torch.int64))
 
 
 def test_weight_decay_is_on_matrices_only():

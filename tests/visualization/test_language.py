@@ -86,7 +86,7 @@ def test_no_text_escapes() -> None:
         if not isinstance(call.args[0], ast.Constant)
     )
     assert by_name == SAID_BY_NAME
-    assert {"report", "visualization", "app"} == {Path(file).parts[0] for file in texts()}
+    assert {"report", "visualization", "app", "comparison"} == {Path(file).parts[0] for file in texts()}
 
 
 def test_what_the_accuracy_of_a_task_is_of_has_its_chinese() -> None:

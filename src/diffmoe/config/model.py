@@ -31,6 +31,9 @@ GATE_DRAWS = 2000
 class ModelConfig:
     """The model. The defaults are the preset `base`."""
 
+    architecture: Literal["moe", "cnn", "timm"] = "moe"
+    """What the model is: 'moe', the one that all of this is about; or a baseline beside it, which tells classes from
+    the picture alone: 'cnn', patch_embed and a third stage of convolutions; 'timm', timm's VisionTransformer."""
     img_size: int = 28
     """Height and width of the pictures, in pixels."""
     patch_size: int = 4
@@ -181,6 +184,9 @@ class ModelConfig:
             self.img_size,
             f"a multiple of patch_size ({self.patch_size})",
         )
+        if self.architecture != "moe":
+            object.__setattr__(self, "dense", True)  # a baseline routes nothing
+            check(self.classify_with == "image", "classify_with", self.classify_with, "'image' with a baseline")
         power_of_two = self.patch_size & (self.patch_size - 1) == 0
         if self.patch_embed == "conv":
             check(power_of_two, "patch_size", self.patch_size, "a power of two with patch_embed 'conv'")

@@ -42,6 +42,10 @@ class TrainingConfig:
     off."""
     label_smoothing: float = 0.1
     """Probability mass spread evenly over the classes in the targets."""
+    max_seconds: float = 0.0
+    """Stop after this much training time, validation apart, if `epochs` is not over before; the learning rate follows
+    whichever of the two is nearer its end. What is learned then depends on the machine's speed, and no run is repeated
+    bit for bit. 0 is off."""
     patience: int = 0
     """Stop after this many epochs without a better validation accuracy; 0 is off."""
     seed: int = 0
@@ -52,7 +56,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         check_limits(self, seed=MAX_SEED, lr=1e30)
         check_at_least(self, 1, "epochs", "batch_size", "accumulation_steps")
-        check_at_least(self, 0, "weight_decay", "clip_norm", "patience", "seed")
+        check_at_least(self, 0, "weight_decay", "clip_norm", "patience", "seed", "max_seconds")
         for name in ("lr", "muon_lr", "expert_lr_scale"):
             check(getattr(self, name) > 0, name, getattr(self, name), "over 0")
         check_fraction(self, "warmup_fraction", "ema_decay", "label_smoothing")

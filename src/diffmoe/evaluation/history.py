@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -25,6 +26,23 @@ def routing_metrics(blocks: Iterable[BlockRouting]) -> dict[str, float]:
     return metrics
 
 
+def first_experts(blocks: Iterable[BlockRouting]) -> dict[str, Tensor]:
+    """Of each block, by `<place>_<layer>`, the first expert of each token: int16 (N, T), -1 at padding."""
+    return {f"{block.place}_{block.layer}": block.expert_ids[..., 0].clone() for block in blocks}
+
+
+def flutter(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> dict[str, float]:
+    """A block's `flutter/<place>_<layer>`: the share of a sample's tokens whose first expert is another one by now.
+
+    Of the same sample, as `first_experts` has it; a block that was not looked at before has none.
+    """
+    metrics: dict[str, float] = {}
+    for name in before.keys() & now.keys():
+        real = now[name] >= 0
+        metrics[f"flutter/{name}"] = (before[name] != now[name])[real].double().mean().item()
+    return dict(sorted(metrics.items()))
+
+
 def load_history(history: Iterable[Mapping[str, float]]) -> dict[tuple[str, int], tuple[list[float], Tensor]]:
     """Back from a history with `routing_metrics`: of each block (place, layer), its epochs and their loads (epochs, E).
 
@@ -42,3 +60,22 @@ def load_history(history: Iterable[Mapping[str, float]]) -> dict[tuple[str, int]
             epochs.append(row["epoch"])
             of_epochs.append(load)
     return {block: (epochs, torch.tensor(loads)) for block, (epochs, loads) in found.items()}
+
+
+def router_health(history: Iterable[Mapping[str, float]], places: Iterable[str]) -> list[dict[str, float]]:
+    """A row for each epoch of a history that has load: how the routers of the blocks in `places` stood.
+
+    `epoch`; `min_load` and `max_load`, an expert's load over its fair share, the least and the most of all blocks; and
+    `flutter`, the mean over blocks, where it is known.
+    """
+    rows = []
+    for row in history:
+        loads = {block: load_SE[0] for block, (_, load_SE) in load_history([row]).items() if block[0] in set(places)}
+        if not loads:
+            continue
+        shares = torch.cat([load * len(load) for load in loads.values()])
+        health = {"epoch": row["epoch"], "min_load": shares.min().item(), "max_load": shares.max().item()}
+        known = [row.get(f"flutter/{place}_{layer}", math.nan) for place, layer in loads]
+        changed = [value for value in known if math.isfinite(value)]  # a history.csv has nan where there was none
+        rows.append(health | ({"flutter": sum(changed) / len(changed)} if changed else {}))
+    return rows

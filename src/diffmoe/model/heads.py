@@ -78,7 +78,43 @@ class Head(nn.Module, ABC):
         """Cross-entropy and accuracy of what `run` made of the batch."""
 
 
-class ImageClassifier(Head):
+class Classifier(Head):
+    """A head that tells classes apart: its batches are pictures (B, C, H, W) and their labels (B,) int64."""
+
+    @abstractmethod
+    def run(
+        self,
+        batch: Sequence[Tensor],
+        *,
+        classes: TextFeatures | None = None,
+        need_weights: bool = False,
+        need_losses: bool = False,
+    ) -> ClassifierOutput:
+        """Labels are read for the losses only."""
+
+    def num_targets(self, batch: Sequence[Tensor]) -> int:
+        """A picture is one."""
+        return len(batch[0])
+
+    def score(self, batch: Sequence[Tensor], output: ClassifierOutput, label_smoothing: float = 0.0) -> Score:
+        """As `Head` says; `label_smoothing` is the mass spread evenly over the classes.
+
+        Of pictures that were mixed, `data.batches.MixedBatch`, both labels are to be told, each by its share.
+        """
+        labels = batch[1]
+        if len(batch) == 2:
+            loss = F.cross_entropy(output.logits, labels, label_smoothing=label_smoothing)
+        else:  # mixed pictures: the labels of the other ones too, and how much each picture has of itself
+            _, _, others, share = batch
+            own, other = (
+                F.cross_entropy(output.logits, of, label_smoothing=label_smoothing, reduction="none")
+                for of in (labels, others)
+            )
+            loss = torch.lerp(other, own, share.to(own)).mean()  # Fabric rounds what it hands a model
+        return Score(loss, (output.logits.argmax(-1) == labels).float().mean(), len(labels))
+
+
+class ImageClassifier(Classifier):
     """Picture classifier: a linear head on the embedding, beside a zero-shot head that compares with descriptions.
 
     The class is read from the picture alone, or (`classify_with: descriptions`) from the picture fused with the
@@ -134,27 +170,6 @@ class ImageClassifier(Head):
     ) -> ClassifierOutput:
         """Pictures (B, C, H, W) and, for the losses, their labels (B,) int64."""
         return self.classify(batch[0], batch[1] if need_losses else None, classes, need_weights, need_losses)
-
-    def num_targets(self, batch: Sequence[Tensor]) -> int:
-        """A picture is one."""
-        return len(batch[0])
-
-    def score(self, batch: Sequence[Tensor], output: ClassifierOutput, label_smoothing: float = 0.0) -> Score:
-        """As `Head` says; `label_smoothing` is the mass spread evenly over the classes.
-
-        Of pictures that were mixed, `data.batches.MixedBatch`, both labels are to be told, each by its share.
-        """
-        labels = batch[1]
-        if len(batch) == 2:
-            loss = F.cross_entropy(output.logits, labels, label_smoothing=label_smoothing)
-        else:  # mixed pictures: the labels of the other ones too, and how much each picture has of itself
-            _, _, others, share = batch
-            own, other = (
-                F.cross_entropy(output.logits, of, label_smoothing=label_smoothing, reduction="none")
-                for of in (labels, others)
-            )
-            loss = torch.lerp(other, own, share.to(own)).mean()  # Fabric rounds what it hands a model
-        return Score(loss, (output.logits.argmax(-1) == labels).float().mean(), len(labels))
 
     def class_features(self) -> TextFeatures | None:
         """As `Head` says; in training one sentence a class, drawn anew; else the mean of all S."""

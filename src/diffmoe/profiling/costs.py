@@ -14,10 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.profiler import profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffmoe.model.experts import ExpertWeights
+from diffmoe.model.heads import Head
+from diffmoe.model.layers import evaluating
+from diffmoe.model.moe import GeneralExperts
+from diffmoe.model.outputs import TextFeatures
+from diffmoe.model.routing import Plan
 from diffmoe.profiling.parts import METHODS, ORDER, count_by_part, module_parts
 from diffmoe.profiling.throughput import Batch, Contender
 
@@ -130,6 +137,38 @@ def flop_counter() -> FlopCounterMode:
     """Torch's own, which knows no grouped_mm: each row of (P, K) meets one of (E, K, N), in the gradient likewise."""
     formulas = {torch.ops.aten._grouped_mm: lambda rows, stack, *_, **__: 2 * prod(rows) * stack[-1]}
     return FlopCounterMode(display=False, custom_mapping=formulas)
+
+
+def flops_per_image(model: Head, draw: Callable[[int], Batch]) -> int:
+    """Forward FLOPs of one more picture in a batch, up to the answer, by the counter; `draw` makes a batch of a size.
+
+    Of a routed pool the slots that have an expert count, and no row that only fills a product up.
+    """
+    pools = [module for module in model.modules() if isinstance(module, GeneralExperts)]
+    dispatches = [pool.dispatch for pool in pools]
+    with evaluating(model), torch.no_grad():
+        classes = model.class_features()
+        try:
+            for pool in pools:
+                pool.dispatch = _exactly_the_slots  # pyright: ignore[reportAttributeAccessIssue]
+            one, two = (_forward_flops(model, draw(size), classes) for size in (1, 2))
+        finally:
+            for pool, dispatch in zip(pools, dispatches, strict=True):
+                pool.dispatch = dispatch
+    return two - one
+
+
+def _exactly_the_slots(x_TD: Tensor, plan: Plan, weights: ExpertWeights, *_: Any) -> Tensor:
+    """What the slots of a plan cost, through the first expert, as all are alike; a result that means nothing."""
+    slots = x_TD.new_zeros(int(plan.tokens_per_expert.sum()), x_TD.shape[1])
+    F.linear(F.linear(slots, weights.fc1_weight[0]), weights.fc2_weight[0])
+    return x_TD
+
+
+def _forward_flops(model: Head, batch: Batch, classes: TextFeatures | None) -> int:
+    with flop_counter() as counter:
+        model.answer(batch, classes=classes)
+    return counter.get_total_flops()
 
 
 def _spent(tracker: Tracker, step: Callable[[], None], read: Callable[[], Any], minus: Any = int.__sub__) -> Counter:

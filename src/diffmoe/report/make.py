@@ -35,6 +35,8 @@ NEED_ROUTING = {
     *("router_confidence", "without_experts"),
 }
 """Sections that are left out where the model is dense."""
+NEED_TOWERS = {"attention_maps", "attention_rollout", "class_maps"}
+"""Sections that are left out where the model is a baseline."""
 
 
 def make_report(
@@ -104,6 +106,8 @@ def _open_subject(
 def _sections(subject: Subject, folder: Path, saved: list[Path]) -> Iterator[Section]:
     """Make the parts one by one, with a progress bar; save each one's figures, and note where in `saved`."""
     names = subject.predictor.task.sections
+    if subject.predictor.model.config.architecture != "moe":
+        names = tuple(name for name in names if name not in NEED_TOWERS)
     if subject.predictor.model.config.dense:
         names = tuple(name for name in names if name not in NEED_ROUTING)
     bar = tqdm(names, "report", unit=" parts", leave=False, disable=None)

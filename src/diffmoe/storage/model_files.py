@@ -22,16 +22,17 @@ from typing import Any
 
 import torch
 
+from diffmoe.baselines import Baseline
 from diffmoe.config import DataConfig, ModelConfig, UserError, dataset_name, expanded
 from diffmoe.data.loading import Dataset
 from diffmoe.data.pictures import PictureSpec
 from diffmoe.files import write_atomically
 from diffmoe.model.captioner import Captioner
-from diffmoe.model.heads import Head, ImageClassifier
+from diffmoe.model.heads import Classifier, Head, ImageClassifier
 
 MODEL_FORMAT = "diffmoe-model-1"
 
-HEADS: dict[str, type[Head]] = {head.kind: head for head in (ImageClassifier, Captioner)}
+HEADS: dict[str, type[Head]] = {head.kind: head for head in (ImageClassifier, Captioner, Baseline)}
 """By what a model file calls each; a file that says nothing holds a classifier."""
 
 
@@ -194,7 +195,7 @@ def _check_values(path: str | Path, model: Head, data: DataInfo) -> None:
     check(is_name, f"dataset is {reprlib.repr(data.dataset)}: it must be a name")
     are_texts = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
     check(are_texts, f"class_names are {reprlib.repr(names)}: they must be texts")
-    classes = config.num_classes if isinstance(model, ImageClassifier) else 0
+    classes = config.num_classes if isinstance(model, Classifier) else 0
     check(len(names) == classes, f"class_names are {len(names)}: the model has {classes} classes")
     if isinstance(model, ImageClassifier) and (tokens := model.class_tokens) is not None:
         known = not tokens.is_floating_point() and bool(((tokens >= 0) & (tokens < config.vocab_size)).all())

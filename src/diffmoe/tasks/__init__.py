@@ -20,4 +20,4 @@ def task_of_data(config: DataConfig) -> Task:
 
 def task_of_model(model: Head) -> Task:
     """The task that a model was made for."""
-    return next(task for task in TASKS if task.head is type(model))
+    return next(task for task in TASKS if isinstance(model, task.head))

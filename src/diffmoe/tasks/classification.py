@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffmoe.baselines import Baseline
 from diffmoe.config import DataConfig, GenerationConfig, ModelConfig, UserError
 from diffmoe.config.settings import Settings
 from diffmoe.data.batches import Batches, MixedBatches, PictureBatches
@@ -26,7 +27,7 @@ from diffmoe.evaluation.classification import (
     predict,
 )
 from diffmoe.evaluation.passes import Autocast, Scores, run_over
-from diffmoe.model.heads import ImageClassifier
+from diffmoe.model.heads import Classifier, ImageClassifier
 from diffmoe.model.outputs import TextFeatures
 from diffmoe.tasks.base import Metrics, Runtime, Task, Tested
 
@@ -35,7 +36,7 @@ class Classification(Task):
     """Pictures with labels; one head on the picture's embedding, and the descriptions of the classes beside it."""
 
     data_kind = "classification"
-    head = ImageClassifier
+    head = Classifier
     curve = "Accuracy"
     sections = (
         *("scores", "training_curves", "predictions", "confusion_matrix", "calibration", "per_class", "utilization"),
@@ -44,19 +45,23 @@ class Classification(Task):
         "without_experts",
     )
 
-    def build(self, settings: Settings, data: Dataset) -> ImageClassifier:
+    def build(self, settings: Settings, data: Dataset) -> Classifier:
         """With as many classes as the data has."""
         found = len(data.class_names)
         if "num_classes" in settings.given and settings.model.num_classes != found:
             raise UserError(f"num_classes is {settings.model.num_classes}: {data.name} has {found} classes")
         config = dataclasses.replace(settings.model, num_classes=found)
+        if config.architecture != "moe":
+            return Baseline(config)
         parts = data.parts or (Part(data.name, data.known_as, data.class_names),)
         sentences = [of_class for part in parts for of_class in class_descriptions(part.known_as, part.class_names)]
         return ImageClassifier(config, *class_tokens(sentences, config.max_text_len))
 
-    def made_up(self, settings: Settings) -> ImageClassifier:
+    def made_up(self, settings: Settings) -> Classifier:
         """Its class descriptions are templates of made-up names."""
         config = settings.model
+        if config.architecture != "moe":
+            return Baseline(config)
         names = [f"class {number}" for number in range(config.num_classes)]
         return ImageClassifier(
             config, *class_tokens(class_descriptions(settings.data.dataset, names), config.max_text_len)
@@ -126,8 +131,8 @@ class Classification(Task):
             lines.append(f"  {name:{width}}  {precision:9.1%}  {recall:6.1%}")
         return lines
 
-    def classify(self, model: ImageClassifier, pictures: Tensor, classes: TextFeatures | None) -> Tensor:
-        return model.classify(pictures, classes=classes).logits.softmax(-1).cpu()
+    def classify(self, model: Classifier, pictures: Tensor, classes: TextFeatures | None) -> Tensor:
+        return model.run((pictures,), classes=classes).logits.softmax(-1).cpu()
 
     def caption(self, model: Any, pictures: Tensor, config: GenerationConfig, seed: int) -> list[str]:
         """It cannot."""
@@ -149,11 +154,11 @@ class Classification(Task):
         both = self.classify(model, pictures, classes) * given_text
         return [{"with_text": row} for row in both / both.sum(1, keepdim=True)]
 
-    def reads_texts(self, model: ImageClassifier) -> bool:
+    def reads_texts(self, model: Classifier) -> bool:
         """With the descriptions of its classes."""
-        return model.class_tokens is not None
+        return isinstance(model, ImageClassifier) and model.class_tokens is not None
 
-    def answered(self, model: ImageClassifier, pictures: Tensor, config: GenerationConfig) -> Sequence[Tensor]:
+    def answered(self, model: Classifier, pictures: Tensor, config: GenerationConfig) -> Sequence[Tensor]:
         """A class is read from the picture alone."""
         return (pictures,)
 

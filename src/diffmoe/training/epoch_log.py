@@ -17,7 +17,7 @@ from diffmoe.evaluation.experts import BlockRouting
 from diffmoe.model.parameters import parameter_counts
 from diffmoe.storage.run_files import RunFiles
 from diffmoe.training.display import as_clock, as_figure
-from diffmoe.training.loop import Progress
+from diffmoe.training.loop import Progress, seconds_left
 
 ROUTING_MAPS = 4
 """Pictures whose routing TensorBoard shows."""
@@ -94,7 +94,7 @@ class EpochLog:
             }
         )
         row = progress.history[-1]
-        left = progress.seconds / progress.epoch * (config.epochs - progress.epoch)
+        left = seconds_left(progress, round(progress.step / progress.epoch * config.epochs), config)
         self.tell(
             f"epoch {progress.epoch}/{config.epochs}  loss {row['train_loss']:.3f}  "
             f"train {row['train_accuracy']:.1%}  validation {row['val_accuracy']:.1%}  "

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 
-from diffmoe.config import UserError
+from diffmoe.config import TrainingConfig, UserError
 from diffmoe.data.batches import PictureBatches
 from diffmoe.storage.run_files import Metrics
 from diffmoe.training.display import Display, as_clock, as_figure
@@ -52,6 +52,8 @@ class Progress:
     """Of this rank's current epoch. On the device until somebody reads."""
     history: list[Metrics] = field(default_factory=list)
     """One row for each finished epoch."""
+    first_experts: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Where a sample's tokens went at the end of the last epoch (`evaluation.history.first_experts`)."""
 
     @property
     def is_best(self) -> bool:
@@ -75,8 +77,8 @@ class Progress:
         numbers = [found.seconds, found.best or 0.0, *(value for row in found.history for value in row.values())]
         if not all(isinstance(value, int | float) for value in numbers) or len(found.history) != found.epoch:
             raise ValueError("the history is not one of numbers")
-        if not all(isinstance(value, torch.Tensor) for value in found.sums.values()):
-            raise ValueError("the sums are not tensors")
+        if not all(isinstance(value, torch.Tensor) for value in (*found.sums.values(), *found.first_experts.values())):
+            raise ValueError("the sums and the first experts are not tensors")
         return found
 
 
@@ -105,7 +107,7 @@ class Hooks:
 
 
 def fit(trainee: Trainee, train: PictureBatches[Any], hooks: Hooks, progress: Progress) -> Progress:
-    """Train to the end of `config.epochs`, or until validation stops improving.
+    """Train to the end of `config.epochs` or of `config.max_seconds`, or until validation stops improving.
 
     Args:
         trainee: the model, its optimizer and the loop's settings.
@@ -123,23 +125,32 @@ def fit(trainee: Trainee, train: PictureBatches[Any], hooks: Hooks, progress: Pr
     display = Display(hooks.say, silent=not fabric.is_global_zero)
     clock = _Clock(fabric, progress)
     with _signals() as received:
-        while progress.epoch < config.epochs and not 0 < config.patience <= progress.epochs_since_best:
+        while (
+            progress.epoch < config.epochs
+            and not 0 < config.patience <= progress.epochs_since_best
+            and (progress.window or _steps_worth(trainee, progress, total_steps) < total_steps)
+        ):
             trainee.objective.train()
+            begun = range(progress.step - progress.window, progress.step)
+            rates = [learning_rate(step, total_steps, config) for step in begun]
             batches = iter(train.epoch(progress.epoch, start=progress.window * config.accumulation_steps))
             with display.epoch(f"epoch {progress.epoch + 1}/{config.epochs}", steps_per_epoch, progress.window):
                 clock.start()
                 while window := list(itertools.islice(batches, config.accumulation_steps)):
-                    rate = learning_rate(progress.step, total_steps, config)
-                    size = picture_size(progress.step, total_steps, config, trainee.model.config)
+                    if (done := _steps_worth(trainee, progress, total_steps)) >= total_steps:
+                        break
+                    rates.append(learning_rate(done, total_steps, config))
+                    size = picture_size(done, total_steps, config, trainee.model.config)
                     try:
-                        sums = trainee.step([resized(batch, size) for batch in window], rate)
+                        sums = trainee.step([resized(batch, size) for batch in window], rates[-1])
                     except FloatingPointError as error:  # the router met what is not a number
                         raise _diverged(math.nan, progress.step) from error
                     progress.add(sums, fabric.world_size)
                     clock.read()
                     if (step_seconds := clock.step_seconds()) is not None:
-                        hooks.estimate(step_seconds * (total_steps - progress.step))
-                    display.step(lambda: _standing(fabric, progress, total_steps))
+                        left = step_seconds * (total_steps - progress.step)
+                        hooks.estimate(min(left, config.max_seconds - progress.seconds) if config.max_seconds else left)
+                    display.step(lambda: _standing(fabric, progress, seconds_left(progress, total_steps, config)))
                     if _told_to_stop(fabric, received, progress):
                         _finite_means(fabric, progress)
                         hooks.save(progress)
@@ -148,8 +159,6 @@ def fit(trainee: Trainee, train: PictureBatches[Any], hooks: Hooks, progress: Pr
             averages = _finite_means(fabric, progress)
             # From the first rank: all must agree on what is best, and on when to stop.
             validation = fabric.broadcast(hooks.validate())
-            steps = range(progress.step - progress.window, progress.step)
-            rates = [learning_rate(step, total_steps, config) for step in steps]
             _finish_epoch(progress, rates, averages, validation)
             hooks.save(progress)
             hooks.tell(progress)
@@ -187,6 +196,20 @@ class _Clock:
             return None
         self.has_told = True
         return min(self.first)
+
+
+def _steps_worth(trainee: Trainee, progress: Progress, total_steps: int) -> float:
+    """Steps done, or as many as the time gone is worth where `max_seconds` is nearer; all ranks must ask."""
+    if not (limit := trainee.config.max_seconds):
+        return progress.step
+    seconds = float(total(trainee.fabric, torch.tensor(progress.seconds), mean=True))
+    return max(progress.step, seconds / limit * total_steps)
+
+
+def seconds_left(progress: Progress, total_steps: int, config: TrainingConfig) -> float:
+    """Of training, at the speed that it has had so far."""
+    left = progress.seconds / progress.step * (total_steps - progress.step)
+    return max(min(left, config.max_seconds - progress.seconds), 0.0) if config.max_seconds else left
 
 
 def _finish_epoch(progress: Progress, rates: list[float], averages: Metrics, validation: Metrics) -> None:
@@ -228,12 +251,12 @@ def _diverged(loss: float, step: int) -> UserError:
     return UserError(f"the loss is {loss} at step {step}: lower --lr or raise --warmup_fraction")
 
 
-def _standing(fabric: Fabric, progress: Progress, total_steps: int) -> str:
+def _standing(fabric: Fabric, progress: Progress, seconds: float) -> str:
     """Loss, accuracy, rate and the time that is left."""
     averages = means(progress.sums)
     if fabric.world_size == 1 and not math.isfinite(averages["loss"]):
         raise _diverged(averages["loss"], progress.step)
-    left = as_clock(progress.seconds / progress.step * (total_steps - progress.step))
+    left = as_clock(seconds)
     told = f"loss {averages['loss']:.3f}  accuracy {averages['accuracy']:.1%}"
     return f"{told}  {as_figure(progress.pictures / progress.seconds)} images/s  {left} left"
 

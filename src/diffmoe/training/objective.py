@@ -73,7 +73,8 @@ class Trainee:
         objective = Objective(model, config.label_smoothing)
         compiled = cast(nn.Module, torch.compile(objective)) if config.compile else objective
         self.objective, self.optimizer = fabric.setup(compiled, make_optimizer(model, config))
-        self.routers = model.backbone.routers() if model.config.balance_bias_rate > 0 else {}
+        has_routers = model.config.balance_bias_rate > 0 and not model.config.dense
+        self.routers = model.backbone.routers() if has_routers else {}
         self.averages = Averages(model, config.ema_decay) if config.ema_decay > 0 else None
 
     @property

@@ -21,14 +21,15 @@ NOT_BY_MUON = ("keys", "noise.weight")
 """Weights in blocks that are no maps from tokens to tokens: a router's table of experts, and how much it is shaken."""
 
 
-def learning_rate(step: int, total_steps: int, config: TrainingConfig) -> float:
+def learning_rate(step: float, total_steps: int, config: TrainingConfig) -> float:
     """Learning rate of optimizer step `step` (from 0): a linear rise to the peak, then a cosine down.
 
-    It is `lr`'s; that of a parameter group is `scale` times as large.
+    It is `lr`'s; that of a parameter group is `scale` times as large. A step may lie between two, where time says how
+    far training is.
     """
     warmup = math.ceil(config.warmup_fraction * total_steps)
     if step < warmup:
-        return config.lr * (step + 1) / warmup
+        return config.lr * min((step + 1) / warmup, 1)
     progress = (step - warmup) / max(1, total_steps - warmup)
     floor = config.final_lr_fraction
     return config.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))

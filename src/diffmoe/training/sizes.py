@@ -10,7 +10,7 @@ from torch import Tensor
 from diffmoe.config import ModelConfig, TrainingConfig
 
 
-def picture_size(step: int, total_steps: int, config: TrainingConfig, model: ModelConfig) -> int | None:
+def picture_size(step: float, total_steps: int, config: TrainingConfig, model: ModelConfig) -> int | None:
     """Height and width that the pictures of optimizer step `step` (from 0) are brought to; None: they stay.
 
     In the first half of the steps start_size of img_size, to the nearest whole number of patches, at least one.

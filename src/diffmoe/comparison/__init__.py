@@ -1,0 +1,1 @@
+"""A fair comparison: named arms over the same seeds, what they gained and what it cost, and whether it is chance."""

@@ -1,0 +1,86 @@
+"""Figures of a comparison: pure functions of what its JSON holds, and of the routers' health epoch by epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from diffmoe.visualization import style
+from diffmoe.visualization.language import say
+
+SHARES = ("test_accuracy", "i2t_r1", "t2i_r1")
+"""Metrics that are shares, from 0 to 1."""
+MARKERS = "osD^vP"
+Health = Sequence[Sequence[Mapping[str, float]]]
+"""Of each run of an arm, rows as `evaluation.history.router_health` has them."""
+
+
+@style.styled()
+def score_against_cost(arms: Mapping[str, Mapping[str, Any]], metric: str) -> Figure:
+    """How to read it: higher is better, further left is cheaper; bars are a standard deviation over seeds, dots seeds.
+
+    `arms` is that of a comparison's JSON.
+    """
+    figure = Figure(figsize=(10, 3.9), layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
+    titles = (say("FLOPs a picture"), say("Seconds of training"), say("Parameters"))
+    for axes, name, title in zip(panels, ("flops_per_image", "train_seconds", "parameters_total"), titles, strict=True):
+        for number, (arm, found) in enumerate(arms.items()):
+            color, marker = style.PALETTE[number % len(style.PALETTE)], MARKERS[number % len(MARKERS)]
+            score, cost = found[metric], found[name]
+            is_measured = isinstance(cost, Mapping)
+            x, spread = (cost["mean"], cost["std"]) if is_measured else (cost, None)
+            each = cost["values"] if is_measured else [cost] * len(score["values"])
+            axes.plot(each, score["values"], linestyle="", marker=".", color=color, alpha=0.5, zorder=2)
+            axes.errorbar(
+                *(x, score["mean"], score["std"], spread), fmt=marker, color=color, capsize=3, label=arm, zorder=3
+            )
+        axes.set(title=title, xlim=(0, None))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+        if metric in SHARES:
+            axes.yaxis.set_major_formatter(style.percent_tick)
+    panels[0].set_ylabel(say("test accuracy") if metric == "test_accuracy" else metric)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    return figure
+
+
+@style.styled()
+def routers_over_time(arms: Mapping[str, Health]) -> Figure:
+    """How to read it: flutter should die down; loads far from 1 are experts that starve or that everything goes to.
+
+    Flutter is the share of a sample's tokens whose first expert is another one than an epoch before; a load is the
+    emptiest and the fullest expert's, over the fair share. Means over seeds. Arms whose runs have no rows are left out.
+    """
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    flutter, load = figure.subplots(1, 2)
+    routed = {arm: runs for arm, runs in arms.items() if any(runs)}
+    for number, (arm, runs) in enumerate(routed.items()):
+        line = {"color": style.PALETTE[number % len(style.PALETTE)], "marker": MARKERS[number % len(MARKERS)]}
+        _mean_curve(flutter, runs, "flutter", label=arm, **line)
+        _mean_curve(load, runs, "max_load", **line)
+        _mean_curve(load, runs, "min_load", linestyle="--", **line)
+    flutter.set_title(say("Tokens that changed their expert"))
+    flutter.yaxis.set_major_formatter(style.percent_tick)
+    load.set_title(say("Load of the fullest and (dashed) the emptiest expert"))
+    load.axhline(1, color=style.MUTED, linewidth=1)
+    for axes in (flutter, load):
+        axes.set(ylim=(0, None), xlabel=say("epoch"))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
+    figure.legend(*flutter.get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    return figure
+
+
+def _mean_curve(axes: Axes, runs: Health, name: str, **line: Any) -> None:
+    """Of the runs that have the epoch."""
+    by_epoch: dict[float, list[float]] = {}
+    for run in runs:
+        for row in run:
+            if name in row:
+                by_epoch.setdefault(row["epoch"], []).append(row[name])
+    axes.plot([*by_epoch], [fmean(values) for values in by_epoch.values()], **line)

@@ -1,0 +1,119 @@
+"""A comparison from its command to its files: what it says, that it goes on where it was killed, and at equal time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffmoe.comparison import run as runs
+from diffmoe.comparison.make import routing_health
+from diffmoe.comparison.statistics import paired_difference
+from diffmoe.storage.run_files import RunFiles
+
+Cli = Callable[..., Any]
+
+
+class Killed(Exception):  # noqa: N818 - it is no error
+    """What a kill looks like from within."""
+
+
+@pytest.fixture
+def flags(tiny_flags: list[str], tmp_path: Path) -> list[Any]:
+    where = ("--save_dir", tmp_path / "runs", "--output_dir", tmp_path / "seen")
+    return ["compare", *tiny_flags, *where, "--epochs", 2, "--seed", 3]
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, fail_at: int = 0) -> list[str]:
+    """The save_dirs of the runs that are trained from now on; dies instead of the one with this number."""
+    trained: list[str] = []
+    train = runs.train_and_test
+
+    def watch(settings: Any) -> None:
+        if len(trained) + 1 == fail_at:
+            raise Killed
+        trained.append(settings.run.save_dir)
+        train(settings)
+
+    monkeypatch.setattr(runs, "train_and_test", watch)
+    return trained
+
+
+def test_a_killed_one_goes_on_and_says_what_was_promised(
+    cli: Cli, flags: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        first = counted(patch, fail_at=3)
+        with pytest.raises(Killed):
+            cli(*flags, "--seeds", 2)
+    with monkeypatch.context() as patch:
+        second = counted(patch)
+        result = cli(*flags, "--seeds", 2, "--json")
+    place = tmp_path / "runs" / "compare" / "digits"
+    assert [*first, *second] == [str(place / arm / f"seed{seed}") for seed in (3, 4) for arm in ("moe", "dense")]
+    assert (result.code, result.err) == (0, "")
+    found = json.loads(result.out)
+    assert found == json.loads((tmp_path / "seen/compare/digits/comparison.json").read_text(encoding="utf-8"))
+    assert (found["dataset"], found["match"], found["seeds"]) == ("digits", "flops", [3, 4])
+    assert found.keys() >= {"command", "date", "machine", "versions", "notes"}
+    scores = {}
+    for name, arm in found["arms"].items():
+        files = [RunFiles("digits", str(place / name / f"seed{seed}")) for seed in (3, 4)]
+        scores[name] = [of_run.read_metrics()["test_accuracy"] for of_run in files]
+        assert arm["test_accuracy"]["values"] == scores[name]
+        assert arm["test_accuracy"]["mean"] == pytest.approx(sum(scores[name]) / 2)
+        assert arm["train_seconds"]["std"] >= 0
+        assert arm["steps"] == [10, 10]
+    moe, dense = found["arms"].values()
+    assert dense["flops_per_image"] == pytest.approx(moe["flops_per_image"], rel=0.02)
+    assert dense["parameters_total"] < moe["parameters_total"]
+    assert dense["differs"]["dense"] is True
+    assert dense["routing"] is None
+    assert 0 <= moe["routing"]["min_load"] <= 1 <= moe["routing"]["max_load"] <= 8
+    assert 0 <= moe["routing"]["flutter"] <= 1
+    (row,) = found["differences"]
+    expected = paired_difference(scores["moe"], scores["dense"])
+    assert (row["a"], row["b"], row["metric"]) == ("moe", "dense", "test_accuracy")
+    assert (row["mean"], row["p"]) == pytest.approx((expected.mean, expected.p))
+    assert row["ci95"] == pytest.approx(expected.ci95)
+    page = Path(found["page"]).read_text(encoding="utf-8")
+    assert page.count("<img ") == 2
+    assert all(Path(figure).is_file() for figure in found["figures"])
+
+    with monkeypatch.context() as patch:
+        third = counted(patch)
+        other = cli(*flags, "--seeds", 2, "--lr", 0.01)
+        again = cli(*flags, "--seeds", 2, "--lang", "zh")
+        assert third == []
+    assert (other.code, other.err.count("\n")) == (2, 1)
+    assert f"{place}/moe/seed3 holds a run of other settings or data: give --overwrite" in other.err
+    assert again.code == 0
+    assert "run 4/4: dense, seed 4: test_accuracy" in again.out
+    assert "dense differs from moe in dense True (False)" in again.out
+    assert "moe − dense" in again.out
+    assert 'lang="zh-Hans"' in Path(found["page"]).read_text(encoding="utf-8")
+
+
+def test_at_equal_time_each_has_the_first_ones_seconds(cli: Cli, flags: list[Any], tmp_path: Path) -> None:
+    result = cli(*flags, "--seeds", 1, "--match", "seconds", "--json")
+    assert result.code == 0
+    found = json.loads(result.out)
+    moe, dense = (arm["train_seconds"]["mean"] for arm in found["arms"].values())
+    assert moe <= dense < moe + 5  # the step that was under way is finished, on however busy a machine
+    assert found["differences"][0]["p"] is None
+    assert any("one seed tells no difference from chance" in note for note in found["notes"])
+
+
+def test_several_at_once_are_processes_that_tell_what_went_wrong(cli: Cli, flags: list[Any], tmp_path: Path) -> None:
+    result = cli(*flags, "--seeds", 1, "--jobs", 2, "--lr", 1e30, "--clip_norm", 0)
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "seed 3: the loss is nan" in result.err or "seed 3: the loss is inf" in result.err
+
+
+def test_health_is_the_worst_load_and_the_mean_flutter() -> None:
+    rows = [{"min_load": 0.5, "max_load": 1.5, "flutter": 0.2}, {"min_load": 0.8, "max_load": 2.0}]
+    assert routing_health(rows) == {"min_load": 0.5, "max_load": 2, "flutter": 0.2}
+    assert routing_health([]) is None

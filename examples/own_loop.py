@@ -8,6 +8,7 @@ import torch
 from diffmoe import ImageClassifier, ModelConfig
 from diffmoe.config import DataConfig
 from diffmoe.data.batches import Batches
+from diffmoe.data.descriptions import class_descriptions
 from diffmoe.data.loading import load_dataset
 from diffmoe.data.pictures import PictureSpec
 from diffmoe.tasks.classification import class_tokens
@@ -22,7 +23,7 @@ def main(epochs: int = 3) -> None:
         num_general_experts=8, expansion_factor=1, dropout=0.0, use_gradient_checkpointing=False, patch_embed="conv",
     )  # fmt: skip
     # Every class is described by sentences; the contrastive loss reads them, the head never does.
-    model = ImageClassifier(config, *class_tokens(data.known_as, data.class_names, config.max_text_len))
+    model = ImageClassifier(config, *class_tokens(class_descriptions("digits", data.class_names), config.max_text_len))
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, fused=True)
     train = Batches(data.train, 64, picture=data.picture, shuffle=True)

@@ -24,6 +24,7 @@ from diffmoe.data.descriptions import class_descriptions
 from diffmoe.data.loading import FINGERPRINT_SAMPLE, Dataset
 from diffmoe.data.pictures import PictureSpec
 from diffmoe.data.splits import Split
+from diffmoe.model.heads import ImageClassifier
 
 
 def test_importing_the_package_is_light() -> None:
@@ -113,6 +114,7 @@ def test_what_is_known_of_a_built_in_set_is_not_said_of_ones_own(tmp_path: Path)
         model = Classification().build(settings, load("digits", 8, 1, data_dir=data_dir))
         names = tuple("0123456789") if known else ("0", "1")
         expected, _ = class_tokens(class_descriptions(known, names), settings.model.max_text_len)
+        assert isinstance(model, ImageClassifier)
         assert model.class_tokens is not None
         assert torch.equal(model.class_tokens, expected)
     own = parse_settings(["--dataset", "digits", "--data_dir", str(tmp_path)], mode="train")

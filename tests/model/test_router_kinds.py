@@ -23,10 +23,10 @@ SENDING = ("attentive", "picture", "expert_choice", "hash", "random")
 SEQUENCE, EXPERTS = 8, 4
 
 
-def pool_of(router: str, top_k: int = 2, **options: float) -> GeneralExperts:
+def pool_of(router: str, top_k: int = 2, gate_scale: float = 1.0) -> GeneralExperts:
     """In float64, with every parameter away from zeros and ones."""
     torch.manual_seed(3)
-    pool = GeneralExperts(WIDTH, EXPERTS, top_k, expansion_factor=2, router=router, **options).double()
+    pool = GeneralExperts(WIDTH, EXPERTS, top_k, expansion_factor=2, router=router, gate_scale=gate_scale).double()
     with torch.no_grad():
         for number, parameter in enumerate(pool.parameters()):
             parameter.copy_(randn(*parameter.shape, seed=number))

@@ -16,6 +16,7 @@ from diffmoe.data.descriptions import class_descriptions
 from diffmoe.data.loading import Dataset, load_dataset
 from diffmoe.data.pictures import PictureSpec
 from diffmoe.data.text import detokenize, tokenize
+from diffmoe.model.heads import ImageClassifier
 from diffmoe.tasks.base import Runtime
 from diffmoe.tasks.classification import Classification, class_tokens
 
@@ -30,6 +31,7 @@ def digits() -> Dataset:
 def test_a_model_gets_as_many_classes_as_the_data_has(digits: Dataset, tiny_flags: list[str]) -> None:
     flowers = dataclasses.replace(digits, class_names=("rose", "tulip"), known_as="flowers")
     model = TASK.build(parse_settings(tiny_flags, mode="train"), flowers)
+    assert isinstance(model, ImageClassifier)
     assert model.config.num_classes == model.head.out_features == 2
     with pytest.raises(UserError, match=r"num_classes is 3: digits has 10 classes"):
         TASK.build(parse_settings([*tiny_flags, "--num_classes", "3"], mode="train"), digits)

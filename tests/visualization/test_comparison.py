@@ -39,7 +39,7 @@ def test_every_seed_and_every_mean_is_where_it_was_measured() -> None:
     for axes, costs in ((flops, [2000, 2000]), (seconds, [10, 20]), (parameters, [500, 500])):
         dots = axes.lines[0]
         assert (list(dots.get_xdata()), list(dots.get_ydata())) == (costs, [0.9, 0.8])  # pyright: ignore
-        means = [container.lines[0] for container in axes.containers]
+        means = [container.lines[0] for container in axes.containers]  # pyright: ignore
         assert [line.get_ydata()[0] for line in means] == pytest.approx([0.85, 0.65])  # pyright: ignore
         assert means[0].get_xdata()[0] == sum(costs) / 2  # pyright: ignore
 

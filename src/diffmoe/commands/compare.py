@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from diffmoe.commands.parsing import bare_parser, show, unread_is_no_error
+from diffmoe.commands.parsing import Parser, show, unread_is_no_error
 from diffmoe.comparison.arms import ARMS, MATCHES, parse_arms
 from diffmoe.config import UserError
 from diffmoe.config.settings import parse_settings
@@ -18,7 +18,7 @@ PROG = "diffmoe compare"
 
 def main(argv: Sequence[str]) -> int:
     """Compare."""
-    parser = bare_parser("compare", "Train several models over several seeds, and say what is more than chance.")
+    parser = Parser("compare", "Train several models over several seeds, and say what is more than chance.")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = f"arms: {', '.join(ARMS)}; NAME=FILE.yaml; ARM:FIELD=VALUE,FIELD=VALUE\nAlso the flags of train."
     parser.add_argument("--arms", nargs="+", default=["moe", "dense"], metavar="ARM", help="(default: moe dense)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ def write_page(
     with speaking(lang):
         sections = []
         for name, section in _sections(found, health):
-            for figure in section.figures:
-                saved.append(str(figures.save(figure, folder / f"{name}.{show.figure_format}", show.dpi)))
+            for draw in section.drawings:
+                saved.append(str(figures.save(draw(), folder / f"{name}.{show.figure_format}", show.dpi)))
             sections.append(section)
         title = say("What is gained, and what it costs: {dataset}", dataset=found["dataset"])
         page = write_report(folder / PAGE, title, sections, lang, _facts(found))
@@ -59,20 +60,20 @@ def _facts(found: Mapping[str, Any]) -> Facts:
 def _sections(found: Mapping[str, Any], health: Mapping[str, drawn.Health]) -> Iterator[tuple[str, Section]]:
     arms = found["arms"]
     metrics = list(dict.fromkeys(row["metric"] for row in found["differences"]))
-    yield "arms", Section(say("Arms"), None, "", say("Mean and standard deviation over seeds."), arm_table(found))
+    yield "arms", Section(say("Arms"), (), "", say("Mean and standard deviation over seeds."), arm_table(found))
     note = say("The first less the second, seed by seed: mean, its 95% interval, and p of the paired t-test.")
-    yield "differences", Section(say("Differences"), None, "", note, difference_table(found))
+    yield "differences", Section(say("Differences"), (), "", note, difference_table(found))
     for metric in metrics:
-        figure = drawn.score_against_cost(arms, metric)
+        draw = partial(drawn.score_against_cost, arms, metric)
         title = say("Accuracy and cost") if metric == "test_accuracy" else metric
-        yield f"{metric}_against_cost", Section(title, figure, how_to_read(drawn.score_against_cost))
+        yield f"{metric}_against_cost", Section(title, [draw], how_to_read(drawn.score_against_cost))
     if any(any(runs) for runs in health.values()):
-        figure = drawn.routers_over_time(health)
-        yield "routers", Section(say("The routers"), figure, how_to_read(drawn.routers_over_time))
+        draw = partial(drawn.routers_over_time, health)
+        yield "routers", Section(say("The routers"), [draw], how_to_read(drawn.routers_over_time))
     rows = [(arm, name, str(value)) for arm, of_arm in arms.items() for name, value in of_arm["differs"].items()]
     if rows:
         table = [(say("arm"), say("field"), say("value")), *rows]
-        yield "settings", Section(say("What differs from the first arm"), None, "", table=table)
+        yield "settings", Section(say("What differs from the first arm"), (), "", table=table)
 
 
 def arm_table(found: Mapping[str, Any]) -> Table:

@@ -118,24 +118,21 @@ def _together(config: DataConfig, sets: Sequence[Dataset]) -> Dataset:
     """One set of several, whose classes are those of all: a model learns to tell them all apart, told no set's name."""
     most = max(len(one.train) for one in sets)
     starts = itertools.accumulate((len(one.class_names) for one in sets), initial=0)
-    splits: dict[str, list[Split]] = {"train": [], "validation": [], "test": []}
+    parts: dict[str, list[tuple[Tensor, Tensor]]] = {"train": [], "validation": [], "test": []}
     for one, start in zip(sets, starts, strict=False):
-        for name, found in splits.items():
+        for name, found in parts.items():
             split: Split = getattr(one, name)
             if not isinstance(split.images, Tensor):
                 raise UserError(f"dataset {one.name!r} is over max_memory_gb: several sets at once must fit in memory")
             times = round(most / len(split)) if name == "train" and config.set_mixing == "equal" else 1
             rows = torch.arange(len(split)).repeat(times)
-            found.append(Split(split.images[rows], split.labels[rows] + start))
-    train, validation, test = (
-        Split(torch.cat([split.images for split in found]), torch.cat([split.labels for split in found]))
-        for found in splits.values()
-    )
+            found.append((split.images[rows], split.labels[rows] + start))
+    train, validation, test = (Split(*map(torch.cat, zip(*found, strict=True))) for found in parts.values())
     picture = sets[0].picture
     spec = PictureSpec(picture.size, picture.channels, *channel_statistics(train.images, config.split_seed))
     class_names = tuple(f"{one.name}: {name}" for one in sets for name in one.class_names)
-    parts = tuple(Part(one.name, one.known_as, one.class_names) for one in sets)
-    return Dataset(dataset_name(config.dataset), "", class_names, train, validation, test, spec, parts)
+    made_of = tuple(Part(one.name, one.known_as, one.class_names) for one in sets)
+    return Dataset(dataset_name(config.dataset), "", class_names, train, validation, test, spec, made_of)
 
 
 def _make(config: DataConfig, picture: PictureSpec) -> ClassesAndSplits:

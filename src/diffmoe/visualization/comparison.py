@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from diffmoe.visualization import style
+from diffmoe.visualization.colors import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION, theme
 from diffmoe.visualization.language import say
 
 SHARES = ("test_accuracy", "i2t_r1", "t2i_r1")
@@ -18,6 +19,10 @@ SHARES = ("test_accuracy", "i2t_r1", "t2i_r1")
 MARKERS = "osD^vP"
 Health = Sequence[Sequence[Mapping[str, float]]]
 """Of each run of an arm, rows as `evaluation.history.router_health` has them."""
+
+
+COLORS = (BLUE, VERMILLION, GREEN, ORANGE, SKY, PURPLE)
+"""Of arms, in their order."""
 
 
 @style.styled()
@@ -31,7 +36,7 @@ def score_against_cost(arms: Mapping[str, Mapping[str, Any]], metric: str) -> Fi
     titles = (say("FLOPs a picture"), say("Seconds of training"), say("Parameters"))
     for axes, name, title in zip(panels, ("flops_per_image", "train_seconds", "parameters_total"), titles, strict=True):
         for number, (arm, found) in enumerate(arms.items()):
-            color, marker = style.PALETTE[number % len(style.PALETTE)], MARKERS[number % len(MARKERS)]
+            color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
             score, cost = found[metric], found[name]
             is_measured = isinstance(cost, Mapping)
             x, spread = (cost["mean"], cost["std"]) if is_measured else (cost, None)
@@ -61,14 +66,14 @@ def routers_over_time(arms: Mapping[str, Health]) -> Figure:
     flutter, load = figure.subplots(1, 2)
     routed = {arm: runs for arm, runs in arms.items() if any(runs)}
     for number, (arm, runs) in enumerate(routed.items()):
-        line = {"color": style.PALETTE[number % len(style.PALETTE)], "marker": MARKERS[number % len(MARKERS)]}
+        line = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
         _mean_curve(flutter, runs, "flutter", label=arm, **line)
         _mean_curve(load, runs, "max_load", **line)
         _mean_curve(load, runs, "min_load", linestyle="--", **line)
     flutter.set_title(say("Tokens that changed their expert"))
     flutter.yaxis.set_major_formatter(style.percent_tick)
     load.set_title(say("Load of the fullest and (dashed) the emptiest expert"))
-    load.axhline(1, color=style.MUTED, linewidth=1)
+    load.axhline(1, color=theme().muted, linewidth=1)
     for axes in (flutter, load):
         axes.set(ylim=(0, None), xlabel=say("epoch"))
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))

@@ -221,7 +221,7 @@ class TestTimeLimit:
     @staticmethod
     def train(monkeypatch: pytest.MonkeyPatch, **config: Any) -> tuple[Progress, list[float]]:
         now = iter(range(10_000))
-        monkeypatch.setattr("diffmoe.training.loop.time.perf_counter", lambda: float(next(now)))
+        monkeypatch.setattr("diffmoe.training.loop.time", SimpleNamespace(perf_counter=lambda: float(next(now))))
         trainee, rates = make_trainee(Regression(), **config), []
         step = trainee.step
 

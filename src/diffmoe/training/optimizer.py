@@ -9,7 +9,6 @@ from torch import nn
 from torch.optim import AdamW
 
 from diffmoe.config import TrainingConfig
-from diffmoe.model.experts import ExpertWeights
 from diffmoe.model.moe import GeneralExperts
 from diffmoe.training.muon import Muon
 
@@ -41,9 +40,9 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> AdamW:
     Weight decay is on matrices only: not on biases, norms, embeddings or positions. Each parameter group has its
     `scale`: its peak learning rate over `lr`.
     """
-    experts = {
-        id(weight) for pool in model.modules() if isinstance(pool, GeneralExperts) for weight in _stacked(pool.weights)
-    }
+    pools = [module for module in model.modules() if isinstance(module, GeneralExperts)]
+    experts = {id(weight) for pool in pools for weight in pool.parameters()}
+    experts -= {id(weight) for pool in pools for weight in pool.router.parameters()}
     groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -61,10 +60,6 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> AdamW:
         made.append(group | ({"momentum": MOMENTUM} if by_muon else {}))
     kind = Muon if config.optimizer == "muon" else AdamW
     return kind(made, lr=config.lr, betas=(0.9, 0.98), fused=True)
-
-
-def _stacked(weights: ExpertWeights) -> tuple[nn.Parameter, ...]:
-    return tuple(weight for weight in weights if isinstance(weight, nn.Parameter))
 
 
 def _is_matrix(name: str, parameter: nn.Parameter) -> bool:

@@ -45,7 +45,7 @@ def commands(readme: str) -> list[list[str]]:
 def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working folder but for `flowers`, two pictures, and sets named like those of the README."""
     generator = np.random.default_rng(0)
-    for dataset in ("flowers", "sets/cifar10"):
+    for dataset in ("flowers", "sets/cifar10", "sets/fashion_mnist"):
         for split, count in (("train", 12), ("test", 4)):
             for name in ("rose", "tulip"):
                 folder = tmp_path / dataset / split / name
@@ -94,7 +94,7 @@ def test_every_command_runs_in_its_order(
         if argv[0] == "profile":
             few = ["--steps", "1", "--batch_sizes", "1", "2", "--batch_size", "8"]
             argv = [*argv, *SMALL[: SMALL.index("--epochs")], *few]
-        if argv[0] == "visualize" or {"cifar10", "flickr8k"} & set(argv):
+        if argv[0] == "visualize" or {"cifar10", "flickr8k", "cifar10+fashion_mnist+digits"} & set(argv):
             argv = [*argv, "--data_dir", "sets"]  # the reader's come from the hub
         result = cli(*argv)
         assert result.code == 0, (argv, result.err)

@@ -106,6 +106,9 @@ class PictureSpec:
                 return self.fit(image)
         except Image.UnidentifiedImageError as error:
             raise UserError(f"{where} is not a picture: it must be a JPEG, PNG, WebP, ... file") from error
+        except Image.DecompressionBombError as error:
+            limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # PIL warns from half of it on
+            raise UserError(f"{where} is too large: it must have {limit:,} pixels or fewer, scale it down") from error
         except Exception as error:  # on damaged files PIL raises a dozen types, SyntaxError among them
             if isinstance(error, OSError) and error.strerror:
                 raise UserError(f"{where}: {error.strerror}: it must be a picture that can be read") from error
@@ -260,8 +263,9 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     """A grey picture of 16 bits or more as mode L; PIL's own conversion would clip at 255.
 
     Integers count as 16 bits: PIL opens 16-bit grey files as "I;16" or "I". Floats count as 0 to 1, or as
-    0 to 255 where any is over 1.
+    0 to 255 where any is over 1; what is no finite number, as measurements have where nothing was seen, is black.
     """
     pixels = np.asarray(image).astype(np.float64)
+    pixels[~np.isfinite(pixels)] = 0
     white = 65535.0 if image.mode != "F" else 255.0 if pixels.max() > 1 else 1.0
     return Image.fromarray(np.rint(pixels.clip(0, white) * (255 / white)).astype(np.uint8))

@@ -1,6 +1,7 @@
 """Any picture becomes the right uint8 tensor, and one that is not whole is named."""
 
 import contextlib
+import functools
 import io
 import os
 import pickle
@@ -16,6 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from diffmoe.config import UserError
+from diffmoe.data import pictures
 from diffmoe.data.folders import FilePictures
 from diffmoe.data.pictures import LazyImages, PictureSpec
 
@@ -266,6 +268,19 @@ def test_a_bad_picture_in_a_worker_is_still_one_line(tmp_path: Path, num_workers
     with pytest.raises(UserError, match=r"2\.png") as caught:
         list(lazy.stream(torch.arange(4).split(1), num_workers))
     assert "\n" not in str(caught.value)
+
+
+def test_workers_need_no_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A default container has 64 MB of it, and a tensor that finds no room is never handed over."""
+
+    def no_room(*_: object) -> None:
+        raise AssertionError("a tensor is put into shared memory")
+
+    for share in ("_share_fd_cpu_", "_share_filename_cpu_"):
+        monkeypatch.setattr(torch.UntypedStorage, share, no_room)
+    monkeypatch.setattr(pictures, "DataLoader", functools.partial(pictures.DataLoader, timeout=30))  # not for ever
+    lazy = LazyImages.of(write_noise(tmp_path, 12), PictureSpec(8, 1))
+    assert torch.equal(torch.cat(list(lazy.stream(torch.arange(12).split(5), num_workers=2))), lazy[:])
 
 
 def test_only_a_regular_file_is_read(tmp_path: Path) -> None:

@@ -349,3 +349,27 @@ def test_a_dataset_named_by_dots_writes_files_of_its_own_name(cli, tiny_flags, f
     result = cli("train", *flags, "--save_dir", tmp_path / "runs")
     assert (result.code, result.err) == (0, "")
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["flowers", "flowers_model.pth"]
+
+
+def in_a_process(code: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, check=True, **options)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
+def test_a_disk_without_room_for_stdout_ends_no_work_and_is_said() -> None:
+    said = "stdout cannot be written (No space left on device): what is printed is lost from here on\n"
+    working = (
+        "import sys; from diffmoe.commands.parsing import show; from diffmoe.commands.train import _tell; "
+        "_tell('epoch 1'); _tell('epoch 2'); show({}, True, print); print('the end', file=sys.stderr)"
+    )
+    with open("/dev/full", "w") as full:
+        assert in_a_process(working, stdout=full).stderr == f"{said}the end\n"
+
+
+def test_what_matplotlib_says_of_its_cache_is_not_told() -> None:
+    """Where there is no home it says so in two long lines, with any command."""
+    without_home = {name: value for name, value in os.environ.items() if not name.startswith(("XDG", "MPLCONFIGDIR"))}
+    code = "from diffmoe.cli import main; main(['--version']); import matplotlib as m; print(m.get_cachedir())"
+    done = in_a_process(code, stdout=subprocess.PIPE, env=without_home | {"HOME": "/dev/null"})
+    assert done.stderr == ""
+    assert "/dev/null" not in done.stdout

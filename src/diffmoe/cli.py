@@ -93,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"  # of several processes, which all would say the same
     warnings.filterwarnings("ignore", module=r"PIL\.")  # a picture that will not do is one line
     logging.basicConfig(format="diffmoe: %(message)s", level=logging.WARNING if is_first else logging.ERROR)
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells where its cache is, where there is no home
     try:
         return dispatch(argv)
     except UserError as error:

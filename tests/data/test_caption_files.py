@@ -162,6 +162,15 @@ def test_semicolons_separate_cells_where_the_head_has_them(folder: Path) -> None
     assert set(load_captions(folder).train.captions) == {("a dog, a cat",)}
 
 
+def test_a_table_that_windows_wrote_has_backslashes_in_its_paths(folder: Path) -> None:
+    (folder / "odd\\name.png").write_bytes(png(9))  # which a name may have elsewhere
+    names = [*(f"pictures\\{n}.png" for n in range(9)), "odd\\name.png"]
+    write_csv(folder / "captions.csv", [["image", "caption"], *([name, f"grey {n}"] for n, name in enumerate(names))])
+    data = load_captions(folder)
+    found = {n: texts for split in (data.train, data.validation, data.test) for n, texts in pairs(split).items()}
+    assert found == {n: (f"grey {n}",) for n in range(10)}
+
+
 def test_hard_texts_go_through(folder: Path) -> None:
     rows = [{"image": f"pictures/{n}.png", "caption": HARD[n % 4]} for n in range(10)]
     (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -178,11 +187,16 @@ def test_hard_texts_go_through(folder: Path) -> None:
         ([["image", "text"], ["pictures/0.png", "a"]], r"captions.csv line 2 has image, text: it must have image and"),
         ([["image", "caption"], ["pictures/0.png", " "]], r"captions.csv line 2 has an empty caption \(number 0\)"),
         ([["image", "caption"], ["pictures/0.png"]], r"captions.csv line 2 has image: it must have image and caption"),
+        ([["image", "caption"], ["", "a"]], r"captions.csv line 2 names no picture: write the path of one under image"),
         ([["image", "caption"], ["nowhere.png", "a"]], r"captions.csv line 2: there is no picture .*nowhere.png"),
         ([["image", "caption"], ["pictures/0.png", "a", "b"]], r"line 2 has more cells than the head: quote captions"),
         ([["image", "caption", "split"], ["pictures/0.png", "a", "dev"]], r"line 2 has the split 'dev': it must be"),
         (
             [["image", "caption", "split"], ["pictures/0.png", "a", "train"], ["pictures/0.png", "b", "test"]],
+            r"line 3 puts pictures/0.png in test, but it is in train already: choose one",
+        ),
+        (
+            [["image", "caption", "split"], ["pictures/0.png", "a", "train"], ["./pictures//0.png", "b", "test"]],
             r"line 3 puts pictures/0.png in test, but it is in train already: choose one",
         ),
         ([["image", "caption", "split"], ["pictures/0.png", "a", "test"]], r"has no pictures to train on"),

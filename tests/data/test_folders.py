@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,50 @@ def test_what_is_no_picture_is_ignored(picture_folder: Path) -> None:
     data = load(picture_folder)
     assert data.class_names == ("bird", "cat", "dog")
     assert len(data.train) + len(data.validation) == 31
+
+
+@pytest.mark.parametrize("place", ["", "train", "train/cat"])
+@pytest.mark.parametrize("name", ["__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found"])
+def test_folders_that_systems_make_are_not_there(picture_folder: Path, place: str, name: str) -> None:
+    expected = load(picture_folder).fingerprint()
+    thumbnails = picture_folder / place / name / "03.png"
+    thumbnails.mkdir(parents=True)
+    Image.new("L", (3, 3)).save(thumbnails / "SYNOPHOTO_THUMB_M.jpg")
+    Image.new("L", (3, 3)).save(thumbnails.parent / "._03.png")
+    assert load(picture_folder).fingerprint() == expected
+    assert len(picture_files(picture_folder)) == 42
+
+
+UNREADABLE = """
+import os, sys
+from pathlib import Path
+from diffmoe.config import UserError
+from diffmoe.data.folders import FolderSource
+if os.getuid() == 0:  # who may read everything
+    os.setgroups([])
+    os.setuid(65534)
+try:
+    FolderSource.open(Path(sys.argv[1]))
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o300])
+@pytest.mark.parametrize("folder", ["train", "train/cat", "train/cat/deep", "test"])
+def test_a_folder_that_cannot_be_looked_into_is_named(folder: str, mode: int) -> None:
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as top:  # where others may go, unlike pytest's
+        root = labelled(Path(top), "cat", "dog")
+        for path in (root / "train/cat/deep", root / "test/cat"):
+            pictures(path)
+        for path in (root, *root.rglob("*")):
+            path.chmod(0o755)
+        (root / folder).chmod(mode)
+        try:
+            done = subprocess.run([sys.executable, "-c", UNREADABLE, top], capture_output=True, text=True, check=True)
+        finally:
+            (root / folder).chmod(0o755)
+    assert done.stdout == f"{root / folder}: Permission denied: make the folder readable or move it away\n"
 
 
 def test_lazy_equals_in_memory(picture_folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Any picture becomes the right uint8 tensor, and one that is not whole is named."""
 
 import contextlib
+import functools
 import io
 import os
 import pickle
@@ -16,6 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from diffmoe.config import UserError
+from diffmoe.data import pictures
 from diffmoe.data.folders import FilePictures
 from diffmoe.data.pictures import LazyImages, PictureSpec
 
@@ -81,6 +83,15 @@ def test_other_modes() -> None:
     assert colour_of(decode(flat("F", 200.0), 6, 1, "TIFF")) == [200]
 
 
+@pytest.mark.parametrize("nothing", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(("value", "expected"), [(0.5, 128), (200.0, 200)])
+def test_a_float_that_is_no_number_is_black_and_changes_no_other(nothing: float, value: float, expected: int) -> None:
+    pixels = np.full((6, 6), value, dtype=np.float32)
+    pixels[0, 0] = nothing
+    decoded = decode(Image.fromarray(pixels), 6, 1, "TIFF").flatten().tolist()
+    assert decoded == [0, *[expected] * 35]
+
+
 def test_exif_orientation_is_honoured() -> None:
     pixels = np.arange(36, dtype=np.uint8).reshape(6, 6)
     exif = Image.Exif()
@@ -124,6 +135,18 @@ def test_bad_pictures_are_named_in_one_line(tmp_path: Path) -> None:
             PictureSpec(8, 3).read(path)
         assert "\n" not in str(caught.value)
         assert str(path) in str(caught.value)
+
+
+def test_a_picture_of_too_many_pixels_is_told_how_many_it_may_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    Image.new("L", (10, 10)).save(tmp_path / "at_limit.png")
+    Image.new("L", (10, 11)).save(tmp_path / "over.png")
+    with pytest.warns(Image.DecompressionBombWarning):
+        PictureSpec(8, 1).read(tmp_path / "at_limit.png")
+    with pytest.raises(UserError, match=r"over\.png is too large: it must have 100 pixels or fewer, scale it down"):
+        PictureSpec(8, 1).read(tmp_path / "over.png")
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
@@ -245,6 +268,19 @@ def test_a_bad_picture_in_a_worker_is_still_one_line(tmp_path: Path, num_workers
     with pytest.raises(UserError, match=r"2\.png") as caught:
         list(lazy.stream(torch.arange(4).split(1), num_workers))
     assert "\n" not in str(caught.value)
+
+
+def test_workers_need_no_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A default container has 64 MB of it, and a tensor that finds no room is never handed over."""
+
+    def no_room(*_: object) -> None:
+        raise AssertionError("a tensor is put into shared memory")
+
+    for share in ("_share_fd_cpu_", "_share_filename_cpu_"):
+        monkeypatch.setattr(torch.UntypedStorage, share, no_room)
+    monkeypatch.setattr(pictures, "DataLoader", functools.partial(pictures.DataLoader, timeout=30))  # not for ever
+    lazy = LazyImages.of(write_noise(tmp_path, 12), PictureSpec(8, 1))
+    assert torch.equal(torch.cat(list(lazy.stream(torch.arange(12).split(5), num_workers=2))), lazy[:])
 
 
 def test_only_a_regular_file_is_read(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,8 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from diffmoe.config import UserError, expanded, nearest
 from diffmoe.config.settings import parse_field
+
+log = logging.getLogger(__name__)
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
@@ -92,19 +95,25 @@ def model_parser(command: str, description: str, images: str | None = None) -> P
 
 @contextmanager
 def unread_is_no_error() -> Iterator[None]:
-    """Where nobody reads stdout any more (`| head -1`), work goes on, and what is printed from then on goes nowhere."""
+    """Where nobody reads stdout any more (`| head -1`), work goes on, and what is printed from then on goes nowhere.
+
+    So it is where stdout cannot be written, as on a full disk; but that is said.
+    """
     try:
         yield
-    except BrokenPipeError:
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            log.warning("stdout cannot be written (%s): what is printed is lost from here on", error.strerror)
 
 
 def show(results: Any, as_json: bool, table: Callable[[Any], object]) -> int:
     """Print, and return the exit code."""
-    if as_json:
-        print(_json(results))
-    else:
-        table(results)
+    with unread_is_no_error():
+        if as_json:
+            print(_json(results))
+        else:
+            table(results)
     return 0
 
 

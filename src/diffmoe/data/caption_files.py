@@ -121,7 +121,7 @@ def _read_table(path: Path) -> CaptionFiles:
             raise UserError(
                 f"{where} has {', '.join(row)}: it must have image and caption, or caption_0, caption_1, ..."
             )
-        name, split = str(row["image"]), _split_name(str(row.get("split") or "train"), where)
+        name, split = _picture_name(root, row["image"], where), _split_name(str(row.get("split") or "train"), where)
         check_captions([texts], lambda _, where=where: where)
         if split_of.setdefault(name, split) != split:
             raise UserError(f"{where} puts {name} in {split}, but it is in {split_of[name]} already: choose one")
@@ -134,6 +134,16 @@ def _read_table(path: Path) -> CaptionFiles:
             f"{path} has no pictures to train on: it must hold rows, of the split train where it has splits"
         )
     return CaptionFiles(root, captions)
+
+
+def _picture_name(root: Path, cell: object, where: str) -> str:
+    """One name for `a.png` and `./a.png`, and with slashes where Windows wrote `b\\a.png`. Raises `UserError`."""
+    name = str(cell)
+    if cell is None or not name.strip():
+        raise UserError(f"{where} names no picture: write the path of one under image, or remove the row")
+    if "\\" in name and not os.path.isfile(root / name):
+        name = name.replace("\\", "/")
+    return str(Path(name))
 
 
 def _split_name(name: str, where: str) -> str:

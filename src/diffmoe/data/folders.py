@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -22,6 +23,9 @@ from diffmoe.data.splits import (
     check_two_classes,
     split_of,
 )
+
+_SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found")
+"""Folders that systems make beside the user's, some with thumbnails: as if they were not there."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ class FolderSource:
                     f"a split must be called {', '.join(SPLIT_ALIASES)}"
                 )
         for folder in self.splits.values():
-            if loose := sum(_is_picture(path.name) for path in folder.iterdir()):
+            if loose := sum(_is_picture(path.name) for path in _entries(folder)):
                 yield f"{folder} has pictures beside its class folders ({loose:,}), which are not read"
             unread = Counter(os.path.splitext(name)[1].lower() for name in _list_files(folder, folder, UNREAD_SUFFIXES))
             for suffix, count in sorted(unread.items()):
@@ -123,12 +127,12 @@ def has_train_classes(root: Path) -> bool:
 
 def picture_folders(root: Path) -> list[Path]:
     """The folders in `root` with pictures, not those with pictures only deeper in them."""
-    return [folder for folder in _subfolders(root) if any(_is_picture(path.name) for path in folder.iterdir())]
+    return [folder for folder in _subfolders(root) if any(_is_picture(path.name) for path in _entries(folder))]
 
 
 def _named(root: Path, split: str) -> list[Path]:
     """The folders in `root` that a split is called by. Raises `UserError` where one is a link to nowhere."""
-    found = [path for path in sorted(root.iterdir()) if split_of(path.name) == split]
+    found = [path for path in _entries(root) if split_of(path.name) == split]
     for path in found:
         if not path.exists():
             raise UserError(f"{path} is a link to {os.readlink(path)}, which is not there: mend or remove it")
@@ -190,17 +194,17 @@ def _list_files(
     """The files below `folder` with such endings, as paths from `root`.
 
     A folder that links lead to again is visited once; never one of `visited`, to which all are added, or one around
-    `folder`.
+    `folder`. Raises `UserError` naming a folder that cannot be looked into.
     """
     visited = set() if visited is None else visited
     around = folder.resolve().parents
-    for parent, subfolders, files in os.walk(folder, followlinks=True):
+    for parent, subfolders, files in os.walk(folder, onerror=_refuse_unreadable, followlinks=True):
         real = Path(parent).resolve()
         if real in around or (real in visited and parent != str(folder)):
             subfolders.clear()
             continue
         visited.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))  # which link is first
+        subfolders[:] = sorted(name for name in subfolders if not _is_hidden(name))  # which link is first
         prefix = Path(parent).relative_to(root).as_posix()
         yield from (f"{prefix}/{name}" for name in files if _has_suffix(name, suffixes))
 
@@ -221,7 +225,24 @@ def _remedy(suffix: str) -> str:
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    # Path's own raises in a folder that may be listed but not entered.
+    return [path for path in _entries(folder) if os.path.isdir(path) and not _is_hidden(path.name)]
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What is in a folder, sorted. Raises `UserError` where it cannot be looked into."""
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        _refuse_unreadable(error)
+
+
+def _refuse_unreadable(error: OSError) -> NoReturn:
+    raise UserError(f"{error.filename}: {error.strerror}: make the folder readable or move it away") from error
+
+
+def _is_hidden(folder_name: str) -> bool:
+    return folder_name.startswith(".") or folder_name in _SYSTEM_FOLDERS
 
 
 def _is_picture(name: str) -> bool:

@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -55,7 +55,7 @@ for _library in Path(Image.__file__).parents[1].glob("pillow.libs/libtiff-*"):
         getattr(ctypes.CDLL(str(_library)), _handler)(None)
 
 _CHUNK_BYTES = 2**21
-"""Decoded bytes that a worker hands over at once: shared memory is 64 MB in a default container."""
+"""Decoded bytes that a worker hands over at once."""
 
 
 EVALUATION_VALUES = 500 * 3 * 64 * 64
@@ -106,6 +106,9 @@ class PictureSpec:
                 return self.fit(image)
         except Image.UnidentifiedImageError as error:
             raise UserError(f"{where} is not a picture: it must be a JPEG, PNG, WebP, ... file") from error
+        except Image.DecompressionBombError as error:
+            limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # PIL warns from half of it on
+            raise UserError(f"{where} is too large: it must have {limit:,} pixels or fewer, scale it down") from error
         except Exception as error:  # on damaged files PIL raises a dozen types, SyntaxError among them
             if isinstance(error, OSError) and error.strerror:
                 raise UserError(f"{where}: {error.strerror}: it must be a picture that can be read") from error
@@ -198,20 +201,23 @@ class LazyImages:
         """`self[indices]` for each `indices` of `batches`, in order, decoded ahead by worker processes.
 
         Processes, not threads: for small pictures most of the time is Python's (PIL alone, CIFAR-10, pictures/s on 2
-        cores: 14,000 in 2 processes, 7,700 in 2 threads, 8,300 without either).
+        cores: 14,000 in 2 processes, 7,700 in 2 threads, 8,300 without either). What they are given and hand over are
+        lists and arrays, through pipes: tensors go through shared memory, of which a default container has 64 MB, and
+        where a batch finds no room there the loader waits for it for ever.
         """
         loader = DataLoader(
             _DecodedOrError(self),
             batch_size=None,
-            sampler=batches,
+            sampler=(batch.tolist() for batch in batches),
+            collate_fn=_unchanged,  # the default makes tensors of arrays
             num_workers=min(num_workers, available_cores()),
-            pin_memory=pin_memory,
             generator=torch.Generator(),  # or starting the workers would draw from the global one
         )
         for decoded in loader:
             if isinstance(decoded, UserError):
                 raise decoded
-            yield decoded
+            images = torch.from_numpy(decoded)
+            yield images.pin_memory() if pin_memory else images
 
     def load(self, progress: bool) -> Tensor:
         """All pictures, uint8 (N, C, H, W), with a progress bar on stderr where it takes longer than 2 s."""
@@ -232,16 +238,20 @@ class LazyImages:
 
 
 @dataclass(frozen=True)
-class _DecodedOrError(Dataset[Tensor | UserError]):
+class _DecodedOrError(Dataset["np.ndarray | UserError"]):
     """`lazy[indices]` for a DataLoader, which would wrap an error in a traceback of many lines: it is handed over."""
 
     lazy: LazyImages
 
-    def __getitem__(self, indices: Tensor) -> Tensor | UserError:
+    def __getitem__(self, indices: list[int]) -> np.ndarray | UserError:
         try:
-            return self.lazy[indices]
+            return self.lazy[indices].numpy()
         except UserError as error:
             return error
+
+
+def _unchanged(decoded: Any) -> Any:
+    return decoded
 
 
 def _read_file(path: Path) -> bytes:
@@ -260,8 +270,9 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     """A grey picture of 16 bits or more as mode L; PIL's own conversion would clip at 255.
 
     Integers count as 16 bits: PIL opens 16-bit grey files as "I;16" or "I". Floats count as 0 to 1, or as
-    0 to 255 where any is over 1.
+    0 to 255 where any is over 1; what is no finite number, as measurements have where nothing was seen, is black.
     """
     pixels = np.asarray(image).astype(np.float64)
+    pixels[~np.isfinite(pixels)] = 0
     white = 65535.0 if image.mode != "F" else 255.0 if pixels.max() > 1 else 1.0
     return Image.fromarray(np.rint(pixels.clip(0, white) * (255 / white)).astype(np.uint8))

@@ -67,7 +67,7 @@ UNREADABLE = """
 import os, sys
 from pathlib import Path
 from diffmoe.config import UserError
-from diffmoe.data.folders import FolderSource
+from diffmoe.data.folders import FolderSource, picture_files
 if os.getuid() == 0:  # who may read everything
     os.setgroups([])
     os.setuid(65534)
@@ -75,12 +75,17 @@ try:
     FolderSource.open(Path(sys.argv[1]))
 except UserError as error:
     print(error)
+try:
+    picture_files(Path(sys.argv[1]))
+except UserError as error:
+    print(error)
+print(len(picture_files(Path(sys.argv[1]), whole=False)))
 """
 
 
 @pytest.mark.parametrize("mode", [0o000, 0o300])
-@pytest.mark.parametrize("folder", ["train", "train/cat", "train/cat/deep", "test"])
-def test_a_folder_that_cannot_be_looked_into_is_named(folder: str, mode: int) -> None:
+@pytest.mark.parametrize(("folder", "others"), [("train", 10), ("train/cat", 20), ("train/cat/deep", 30), ("test", 30)])
+def test_a_folder_that_cannot_be_looked_into_is_named(folder: str, others: int, mode: int) -> None:
     with tempfile.TemporaryDirectory(dir="/var/tmp") as top:  # where others may go, unlike pytest's
         root = labelled(Path(top), "cat", "dog")
         for path in (root / "train/cat/deep", root / "test/cat"):
@@ -92,7 +97,8 @@ def test_a_folder_that_cannot_be_looked_into_is_named(folder: str, mode: int) ->
             done = subprocess.run([sys.executable, "-c", UNREADABLE, top], capture_output=True, text=True, check=True)
         finally:
             (root / folder).chmod(0o755)
-    assert done.stdout == f"{root / folder}: Permission denied: make the folder readable or move it away\n"
+    refused = f"{root / folder}: Permission denied: make the folder readable or move it away\n"
+    assert done.stdout == f"{refused}{refused}{others}\n"
 
 
 def test_lazy_equals_in_memory(picture_folder: Path) -> None:

@@ -128,7 +128,7 @@ class Answers:
                 say("{folder} is no folder of the gallery: only its folders may be searched.", folder=folder)
             )
         root, gallery = self.gallery / folder, self.gallery
-        files = ((Path(name).as_posix(), (root / name).resolve()) for name in picture_files(root))
+        files = ((Path(name).as_posix(), (root / name).resolve()) for name in picture_files(root, False))
         names = tuple(name for name, file in files if file.is_relative_to(gallery) and file.is_file())
         if not names:
             raise UserError(say("The folder {folder} of the gallery has no pictures.", folder=folder))

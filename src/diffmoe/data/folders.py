@@ -86,7 +86,7 @@ class FolderSource:
     def left_out(self) -> Iterator[str]:
         """What looks as if it were meant to be read and is not, in a line each."""
         for folder in _subfolders(self.root) if self.root not in self.splits.values() else ():
-            if folder not in self.splits.values() and (names := picture_files(folder)):
+            if folder not in self.splits.values() and (names := picture_files(folder, whole=False)):
                 yield (
                     f"{folder} is not read, with its pictures ({len(names):,}): "
                     f"a split must be called {', '.join(SPLIT_ALIASES)}"
@@ -183,22 +183,30 @@ def _check_class_names(folder: Path, names: tuple[str, ...]) -> None:
     )
 
 
-def picture_files(root: Path) -> tuple[str, ...]:
-    """All pictures in a folder and the folders in it, as sorted paths from it."""
-    return tuple(sorted(_list_files(root, root)))
+def picture_files(root: Path, whole: bool = True) -> tuple[str, ...]:
+    """All pictures in a folder and the folders in it, as sorted paths from it.
+
+    Raises `UserError` naming a folder that cannot be looked into; where not the `whole` is wanted it is passed over.
+    """
+    return tuple(sorted(_list_files(root, root, whole=whole)))
 
 
 def _list_files(
-    folder: Path, root: Path, suffixes: tuple[str, ...] = PICTURE_SUFFIXES, visited: set[Path] | None = None
+    folder: Path,
+    root: Path,
+    suffixes: tuple[str, ...] = PICTURE_SUFFIXES,
+    visited: set[Path] | None = None,
+    whole: bool = True,
 ) -> Iterator[str]:
     """The files below `folder` with such endings, as paths from `root`.
 
     A folder that links lead to again is visited once; never one of `visited`, to which all are added, or one around
-    `folder`. Raises `UserError` naming a folder that cannot be looked into.
+    `folder`. Of a folder that cannot be looked into as of `picture_files`.
     """
     visited = set() if visited is None else visited
     around = folder.resolve().parents
-    for parent, subfolders, files in os.walk(folder, onerror=_refuse_unreadable, followlinks=True):
+    refuse = _refuse_unreadable if whole else None
+    for parent, subfolders, files in os.walk(folder, onerror=refuse, followlinks=True):
         real = Path(parent).resolve()
         if real in around or (real in visited and parent != str(folder)):
             subfolders.clear()

@@ -45,7 +45,7 @@ def score_against_cost(arms: Mapping[str, Mapping[str, Any]], metric: str) -> Fi
             axes.errorbar(
                 *(x, score["mean"], score["std"], spread), fmt=marker, color=color, capsize=3, label=arm, zorder=3
             )
-        axes.set(title=title, xlim=(0, None))
+        axes.set(title=title, xlim=(0, 1.05 * axes.get_xlim()[1]))  # a mark at the edge would be cut
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
         if metric in SHARES:

@@ -110,6 +110,7 @@ def test_impossible_value_is_one_line(name, value, right):
         ({"patch_embed": "whitened", "patch_size": 7}, "patch_size is 7.*a power of two over 1"),
         ({"patch_embed": "whitened", "patch_size": 1}, "patch_size is 1.*a power of two over 1"),
         ({"classify_with": "descriptions", "fusion_layers": 0}, "fusion_layers is 0.*at least 1"),
+        ({"architecture": "timm", "patch_embed": "whitened"}, "patch_embed is .whitened.*.linear. with architecture"),
     ],
 )
 def test_impossible_together(fields, message):

@@ -187,6 +187,8 @@ class ModelConfig:
         if self.architecture != "moe":
             object.__setattr__(self, "dense", True)  # a baseline routes nothing
             check(self.classify_with == "image", "classify_with", self.classify_with, "'image' with a baseline")
+        if self.architecture == "timm":  # which has a projection of its own, and nothing to whiten
+            check(self.patch_embed != "whitened", "patch_embed", self.patch_embed, "'linear' with architecture 'timm'")
         power_of_two = self.patch_size & (self.patch_size - 1) == 0
         if self.patch_embed == "conv":
             check(power_of_two, "patch_size", self.patch_size, "a power of two with patch_embed 'conv'")

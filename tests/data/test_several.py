@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from diffmoe.config import DataConfig, UserError, dataset_name
+from diffmoe.config.settings import parse_settings
 from diffmoe.data.loading import load_dataset
 from diffmoe.data.pictures import PictureSpec
 from diffmoe.data.sources import check_dataset
@@ -72,6 +73,9 @@ def test_a_name_with_a_plus_in_it_is_one_set_where_there_is_such_a_folder(folder
     (folder / "two").rename(folder / "c+d")
     assert load_dataset(config(folder, "c+d"), SPEC, progress=False).class_names == ("cat", "dog")
     assert dataset_name("a+b") == "a+b" == dataset_name("some/a+where/b")
+    own = parse_settings(["--dataset", "c+d", "--data_dir", str(folder)], mode="train")
+    several = parse_settings(["--dataset", "c+e", "--data_dir", str(folder)], mode="train")
+    assert (own.model.img_size, several.model.img_size) == (64, 32)  # configs/folder.yaml, configs/several.yaml
 
 
 def test_a_set_too_large_for_memory_is_refused(folder: Path) -> None:

@@ -6,7 +6,7 @@ dataset's recipe (`configs/<dataset>.yaml`, `recipes`), the user's own YAML (`--
 Nothing here imports anything heavy, so that `diffmoe --help` answers at once.
 """
 
-from diffmoe.config.data import EMBEDDED_DATASETS, HUB_DATASETS, DataConfig, dataset_name
+from diffmoe.config.data import EMBEDDED_DATASETS, HUB_DATASETS, DataConfig, dataset_name, set_names
 from diffmoe.config.errors import MAX_SEED, UserError, expanded, nearest
 from diffmoe.config.model import END_ID, START_ID, VOCAB_SIZE, ModelConfig
 from diffmoe.config.output import GenerationConfig, VisualizationConfig
@@ -29,4 +29,5 @@ __all__ = [
     "dataset_name",
     "expanded",
     "nearest",
+    "set_names",
 ]

@@ -81,9 +81,7 @@ class DataConfig:
         """Of each of the sets that `dataset` names; itself where that is one. A set that the program brings is taken
         from there where `data_dir` has none of its name.
         """
-        names = self.dataset.split("+")
-        is_one = len(names) == 1 or not all(names)
-        if is_one or any(Path(root, self.dataset).exists() for root in (".", self.data_dir or ".")):
+        if len(names := set_names(self.dataset, self.data_dir)) == 1:
             return (self,)
         brought = {name for name in EMBEDDED_DATASETS if not Path(self.data_dir or "", name).exists()}
         return tuple(
@@ -97,10 +95,16 @@ class DataConfig:
         return self.dataset in EMBEDDED_DATASETS and self.data_dir is None
 
 
-def dataset_name(dataset: str) -> str:
-    """The name that a set's files get: its own, or the last part of a path or hub name."""
+def set_names(dataset: str, data_dir: str | None = None) -> tuple[str, ...]:
+    """The sets that `dataset` names, `+` between several; one where a folder, here or in `data_dir`, is called so."""
     names = dataset.split("+")
-    if len(names) > 1 and all(names) and not Path(dataset).exists():
+    is_one = len(names) == 1 or not all(names) or any(Path(root, dataset).exists() for root in (".", data_dir or "."))
+    return (dataset,) if is_one else tuple(names)
+
+
+def dataset_name(dataset: str) -> str:
+    """The name that a set's files get: its own, or the last part of a path or hub name; those of several."""
+    if len(names := set_names(dataset)) > 1:
         return "+".join(map(dataset_name, names))
     path = Path(expanded(dataset))
     return (path.resolve() if path.name in ("", "..") else path).name or "data"  # `.` and `..` are no names

@@ -8,7 +8,15 @@ from typing import Any
 
 import yaml
 
-from diffmoe.config import EMBEDDED_DATASETS, HUB_DATASETS, GenerationConfig, UserError, dataset_name, nearest
+from diffmoe.config import (
+    EMBEDDED_DATASETS,
+    HUB_DATASETS,
+    GenerationConfig,
+    UserError,
+    dataset_name,
+    nearest,
+    set_names,
+)
 
 LARGEST_YAML = 1_000_000
 """In characters; a file of settings has some hundreds."""
@@ -63,7 +71,7 @@ def recipe(dataset: str, preset: str | None = None) -> dict[str, Any]:
     (its epochs, its learning rate). Several sets at once use `configs/several.yaml`, unknown ones
     `configs/folder.yaml`.
     """
-    unknown = "several" if "+" in dataset_name(dataset) else "folder"
+    unknown = "several" if len(set_names(dataset)) > 1 else "folder"
     name = dataset_name(dataset) if dataset in (*EMBEDDED_DATASETS, *HUB_DATASETS) else unknown
     fields = read_yaml(config_dir() / f"{name}.yaml")
     by_preset = fields.pop("presets", {})

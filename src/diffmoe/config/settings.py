@@ -29,6 +29,7 @@ from diffmoe.config import (
     VisualizationConfig,
     expanded,
     nearest,
+    set_names,
 )
 from diffmoe.config.recipes import read_yaml, recipe
 
@@ -91,7 +92,9 @@ def parse_settings(argv: Sequence[str], prog: str = "diffmoe", mode: str | None 
     given = frozenset(word[2:].split("=")[0] for word in argv if word.startswith("--")) & set(FIELDS)
     parser = build_parser(prog, mode)
     first = _parse(parser, argv)  # tells the dataset and the preset, which bring defaults of their own
-    own = first.dataset in EMBEDDED_DATASETS and first.data_dir is not None  # called like a built-in set, but not it
+    # One's own is called like a built-in set, but not it; or with a `+`, as if it were several.
+    is_one_with_plus = "+" in first.dataset and len(set_names(first.dataset, first.data_dir)) == 1
+    own = first.data_dir is not None and (first.dataset in EMBEDDED_DATASETS or is_one_with_plus)
     parser.set_defaults(recipe("folder" if own else first.dataset, first.preset))
     parsed = _parse(parser, argv)
     groups: dict[str, Any] = {

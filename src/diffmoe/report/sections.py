@@ -155,8 +155,8 @@ def specialization(subject: Subject) -> Section:
     labels, names = subject.predictions.labels, subject.class_names
     counts = torch.stack([class_expert_counts(block, labels, len(names)) for block in subject.image_blocks])
     drawn = [partial(experts.specialization, counts, names)]
-    if "+" in subject.predictor.info.dataset:  # several sets, named before their classes
-        sets = [name.partition(": ")[0] for name in names]
+    sets = [name.partition(": ")[0] for name in names]
+    if set(subject.predictor.info.dataset.split("+")) == set(sets):  # several sets, named before their classes
         of_set = [torch.tensor([found == name for found in sets]) for name in dict.fromkeys(sets)]
         by_set = torch.stack([counts[:, rows].sum(1) for rows in of_set], 1)
         drawn.append(partial(experts.specialization, by_set, tuple(dict.fromkeys(sets))))

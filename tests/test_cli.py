@@ -359,8 +359,8 @@ def in_a_process(code: str, **options: Any) -> subprocess.CompletedProcess[str]:
 def test_a_disk_without_room_for_stdout_ends_no_work_and_is_said() -> None:
     said = "stdout cannot be written (No space left on device): what is printed is lost from here on\n"
     working = (
-        "import sys; from diffmoe.commands.parsing import show; from diffmoe.commands.train import _tell; "
-        "_tell('epoch 1'); _tell('epoch 2'); show({}, True, print); print('the end', file=sys.stderr)"
+        "import sys; from diffmoe.commands.parsing import show, tell; "
+        "tell('epoch 1'); tell('epoch 2'); show({}, True, print); print('the end', file=sys.stderr)"
     )
     with open("/dev/full", "w") as full:
         assert in_a_process(working, stdout=full).stderr == f"{said}the end\n"

@@ -448,7 +448,7 @@ class TestReplacing:
 
         flags = [*own_run.flags, *ONE_EPOCH, "--save_dir", own_run.save_dir]
         with monkeypatch.context() as patch:
-            patch.setattr(*((RunFiles, "write_history") if of == "history" else (command, "_tell")), fail)
+            patch.setattr(*((RunFiles, "write_history") if of == "history" else (command, "tell")), fail)
             with pytest.raises(RuntimeError):
                 cli("train", *flags, "--overwrite")
         assert cli("train", *flags, "--resume").code == 0

@@ -209,7 +209,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
-        "amx": "amx_tile" in _cpu_flags(),
+        "amx": has_bfloat16(torch.device("cpu")),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": platform.platform(),
         "load": round(os.getloadavg()[0], 2),
@@ -218,15 +218,5 @@ def machine() -> dict[str, Any]:
 
 def cpu_name() -> str:
     """As its maker calls it."""
-    return _cpu_info("model name") or platform.processor() or platform.machine()
-
-
-def _cpu_flags() -> list[str]:
-    return _cpu_info("flags").split()
-
-
-def _cpu_info(name: str) -> str:
-    """A line of Linux's description of the first processor; empty where there is none."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.split(":")[0].strip() == name), "")
+    names = (line.partition(":")[2].strip() for line in _lines(PROC / "cpuinfo") if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()

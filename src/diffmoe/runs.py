@@ -72,14 +72,14 @@ def train(*, quiet: bool = False, **flags: Any) -> dict[str, Any]:
         KeyboardInterrupt: when it was stopped; the run is saved, and `resume=True` goes on.
     """
     try:
-        return train_run(_settings("train", flags), _silent if quiet else print)
+        return train_run(_settings("train", flags), silent if quiet else print)
     except StopRequested as stop:
         raise KeyboardInterrupt(str(stop)) from stop
 
 
 def test(*, quiet: bool = False, **flags: Any) -> dict[str, Any]:
     """Score a model file on the test split of its data; the flags are those of `diffmoe test`. As `train`."""
-    return test_run(_settings("test", flags), _silent if quiet else print)
+    return test_run(_settings("test", flags), silent if quiet else print)
 
 
 def train_run(settings: Settings, tell: Tell = print) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def train_run(settings: Settings, tell: Tell = print) -> dict[str, Any]:
         fabric = make_fabric(settings.run)
         stack.enter_context(one_ends_all(fabric))
         picture = PictureSpec(settings.model.img_size, settings.model.in_channels)
-        told: Tell = tell if fabric.is_global_zero else _silent
+        told: Tell = tell if fabric.is_global_zero else silent
         shown = fabric.is_global_zero
         # The first one alone: the others find the cache that it made.
         data = together(fabric, lambda: load_dataset(settings.data, picture, progress=shown), first_alone=True)
@@ -318,5 +318,5 @@ def _warn_if_slow(fabric: Fabric, settings: Settings, seconds: float, tell: Tell
         tell(f"note: about {as_figure(seconds / HOUR)} hours on this processor{smaller}")
 
 
-def _silent(_line: str) -> None:
-    pass
+def silent(_line: str) -> None:
+    """Tells nothing."""

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffmoe.model.experts import ExpertWeights
 from diffmoe.model.moe import GeneralExperts
 
 WIDTH = 6
+M = TypeVar("M", bound=nn.Module)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def randomize(module: M) -> M:
+    """In float64, with every parameter away from the zeros and ones that would hide a missing term."""
+    module.double()
+    with torch.no_grad():
+        for seed, parameter in enumerate(module.parameters()):
+            parameter.copy_(0.5 * randn(*parameter.shape, seed=seed))
+    return module
 
 
 def make_pool(num_experts: int = 4, top_k: int = 2, dropout: float = 0.0, seed: int = 0) -> GeneralExperts:

@@ -3,30 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import TypeVar
 
 import pytest
 import torch
+from tests.model.pools import randn, randomize
 from torch import Tensor, nn
 
 from diffmoe.model.layers import Attention, Expert
 from diffmoe.model.sequence import TokenSequence
 
 WIDTH, HEADS, EPS = 8, 2, 1e-3
-M = TypeVar("M", bound=nn.Module)
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def randomize(module: M) -> M:
-    """In float64, with every parameter away from the zeros and ones that would hide a missing term."""
-    module.double()
-    with torch.no_grad():
-        for seed, parameter in enumerate(module.parameters()):
-            parameter.copy_(0.5 * randn(*parameter.shape, seed=seed))
-    return module
 
 
 # --- Expert ---

@@ -4,29 +4,15 @@ from __future__ import annotations
 
 import copy
 import io
-from typing import TypeVar
 
 import pytest
 import torch
+from tests.model.pools import randn, randomize
 from torch import Tensor, nn
 
 from diffmoe.model.patch_embed import WHITENING_EPSILON, ConvNorm, PatchEmbed, StemConv, Whitening
 
 WIDTH = 8
-M = TypeVar("M", bound=nn.Module)
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def randomize(module: M) -> M:
-    """In float64, with every parameter away from the zeros and ones that would hide a missing term."""
-    module.double()
-    with torch.no_grad():
-        for seed, parameter in enumerate(module.parameters()):
-            parameter.copy_(0.5 * randn(*parameter.shape, seed=seed))
-    return module
 
 
 def smooth(count: int, channels: int, size: int) -> Tensor:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from diffmoe.commands.parsing import Parser, show, unread_is_no_error
+from diffmoe.commands.parsing import Parser, show, tell
 from diffmoe.comparison.arms import ARMS, MATCHES, parse_arms
 from diffmoe.config import UserError
 from diffmoe.config.settings import parse_settings
@@ -41,12 +41,13 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("resume is not for compare: the same command goes on where a comparison was stopped")
     arms = parse_arms(args.arms, rest, args.match, PROG)
     from diffmoe.comparison.make import compare
+    from diffmoe.runs import silent
     from diffmoe.training.loop import StopRequested
 
     command = shlex.join(["diffmoe", "compare", *argv])
     options = {"seeds": args.seeds, "match": args.match, "jobs": args.jobs, "lang": args.lang, "command": command}
     try:
-        found = compare(arms, **options, tell=_silent if args.json else _tell)
+        found = compare(arms, **options, tell=silent if args.json else tell)
     except StopRequested as stop:
         print(f"stopped by {stop}: the same command goes on where it was", file=sys.stderr)
         return 128 + stop.signal_number
@@ -63,12 +64,3 @@ def _print(found: dict[str, Any]) -> None:
             cells = map(str.rjust, map(str, others), widths[1:])
             print(str(first).ljust(widths[0]), *cells, sep="  ")
     print(f"\npage: {found['page']}")
-
-
-def _tell(line: str) -> None:
-    with unread_is_no_error():
-        print(line, flush=True)
-
-
-def _silent(_line: str) -> None:
-    pass

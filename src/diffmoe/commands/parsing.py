@@ -107,6 +107,12 @@ def unread_is_no_error() -> Iterator[None]:
             log.warning("stdout cannot be written (%s): what is printed is lost from here on", error.strerror)
 
 
+def tell(line: str) -> None:
+    """Print a line as soon as it is known."""
+    with unread_is_no_error():
+        print(line, flush=True)
+
+
 def show(results: Any, as_json: bool, table: Callable[[Any], object]) -> int:
     """Print, and return the exit code."""
     with unread_is_no_error():

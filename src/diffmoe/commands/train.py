@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from diffmoe.commands.parsing import show, unread_is_no_error
+from diffmoe.commands.parsing import show, tell
 from diffmoe.config.settings import Settings, parse_settings
 
 
@@ -17,7 +17,7 @@ def main(argv: Sequence[str]) -> int:
 
 def run(settings: Settings) -> int:
     """Train, test, or both; returns the exit code."""
-    from diffmoe.runs import test_run, train_run
+    from diffmoe.runs import silent, test_run, train_run
     from diffmoe.storage.run_files import RunFiles
     from diffmoe.training.loop import StopRequested
     from diffmoe.training.parallel import is_first_process
@@ -25,7 +25,7 @@ def run(settings: Settings) -> int:
     metrics: dict[str, Any] | None = None
     if settings.mode != "test":
         try:
-            metrics = train_run(settings, _tell_aside if settings.as_json else _tell)
+            metrics = train_run(settings, _tell_aside if settings.as_json else tell)
         except StopRequested as stop:
             last = RunFiles(settings.data.dataset, settings.run.save_dir).last
             if is_first_process():
@@ -34,19 +34,10 @@ def run(settings: Settings) -> int:
         if not is_first_process():
             return 0
     if settings.mode != "train":
-        metrics = test_run(settings, _keep_quiet if settings.as_json else _tell)
+        metrics = test_run(settings, silent if settings.as_json else tell)  # its lines say what they do
     return show(metrics, settings.as_json, lambda _: None)  # the tables were told
-
-
-def _tell(line: str) -> None:
-    with unread_is_no_error():
-        print(line, flush=True)
 
 
 def _tell_aside(line: str) -> None:
     """How training goes on, where stdout is for the metrics alone."""
     print(line, file=sys.stderr, flush=True)
-
-
-def _keep_quiet(_line: str) -> None:
-    """A test's lines are what the metrics say."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +24,7 @@ from diffmoe.config import ModelConfig, dataset_name
 from diffmoe.data.loading import Dataset, load_dataset
 from diffmoe.data.pictures import PictureSpec
 from diffmoe.evaluation.history import router_health
-from diffmoe.files import check_outside_data, check_writable, write_atomically
+from diffmoe.files import as_json, check_outside_data, check_writable, write_atomically
 from diffmoe.hardware import machine
 from diffmoe.model.heads import Head
 from diffmoe.model.parameters import parameter_counts
@@ -98,7 +97,7 @@ def compare(
         "notes": notes,
     }
     found |= write_page(folder, found, health, settings.visualization, lang)
-    text = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
+    text = as_json(found, indent=2)
     write_atomically(folder / "comparison.json", lambda path: path.write_text(text, encoding="utf-8"))
     return found
 

@@ -30,7 +30,7 @@ from diffmoe.comparison.arms import WITH_TEXT, Arm
 from diffmoe.config import UserError, dataset_name
 from diffmoe.config.settings import Settings
 from diffmoe.files import write_atomically
-from diffmoe.runs import ELSEWHERE, check_run, test_run, train_run
+from diffmoe.runs import ELSEWHERE, check_run, silent, test_run, train_run
 from diffmoe.storage.run_files import RunFiles
 from diffmoe.tasks import task_of_data
 from diffmoe.training.loop import StopRequested
@@ -174,8 +174,8 @@ def execute(runs: Sequence[Run], jobs: int, overwrite: bool, advance: Advance) -
 
 def train_and_test(settings: Settings) -> None:
     """A whole run, quietly, without its pictures: `diffmoe test` draws them."""
-    train_run(settings, _silent)
-    test_run(settings, _silent, draw=False)
+    train_run(settings, silent)
+    test_run(settings, silent, draw=False)
 
 
 @contextmanager
@@ -236,7 +236,3 @@ def check(arms: Sequence[Arm], equal_time: bool) -> None:
             raise UserError(f"arm {run.arm.name} tells classes apart: {data.dataset} has captions")
         with naming(run):
             check_run(run.settings, trains=True)
-
-
-def _silent(_line: str) -> None:
-    pass

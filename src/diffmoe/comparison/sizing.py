@@ -54,8 +54,7 @@ def fit_dense(config: ModelConfig, cost: Cost, target: float) -> ModelConfig:
     def of_units(units: int) -> ModelConfig:
         return dataclasses.replace(config, dense_units=units)
 
-    most = MOST_UNITS * max(1, round(config.expansion_factor * config.embed_dim))
-    return of_units(nearest_count(lambda units: cost(of_units(units)), target, most))
+    return of_units(nearest_count(lambda units: cost(of_units(units)), target, MOST_UNITS * config.dense_hidden))
 
 
 def _fit_expansion(config: ModelConfig, cost: Cost, target: float) -> ModelConfig:

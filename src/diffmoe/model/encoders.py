@@ -72,12 +72,12 @@ class UnifiedModalEncoder(nn.Module):
         experts_before = {"image": 0, "text": 1, "fusion": 2}[place]  # vision comes first, then text
         has_own = config.num_modality_specific_experts > experts_before
         self.modality_expert = Expert(width, config.modality_expansion, **shared) if has_own else None
-        self.dense_scale = config.dense_scale if config.dense else 1.0
+        self.dense_scale = config.dense_scale
         if config.dense:
             self.general_experts = Expert(width, config.dense_hidden / width, **shared)
         else:
             self.general_experts = GeneralExperts(
-                config.embed_dim,
+                width,
                 config.num_general_experts,
                 config.top_k,
                 config.routed_expansion,

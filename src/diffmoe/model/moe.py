@@ -124,6 +124,7 @@ class GeneralExperts(nn.Module):
         dropout = self.dropout if self.training else 0.0
         run = partial(all_experts, activation=self.activation, dropout=dropout)
         y, routing = router.mix(x_BND, mask_BN, self._weights_as(x_normed), run)
+        y = y * router.gate_scale if mask_BN is None else y * router.gate_scale * mask_BN[..., None]
         return y.view(x_normed.shape), routing.shaped(x_normed.shape[:-1])
 
     def _weights_as(self, x: Tensor) -> ExpertWeights:

@@ -148,8 +148,7 @@ def fit(trainee: Trainee, train: PictureBatches[Any], hooks: Hooks, progress: Pr
                     progress.add(sums, fabric.world_size)
                     clock.read()
                     if (step_seconds := clock.step_seconds()) is not None:
-                        left = step_seconds * (total_steps - progress.step)
-                        hooks.estimate(min(left, config.max_seconds - progress.seconds) if config.max_seconds else left)
+                        hooks.estimate(seconds_left(progress, total_steps, config, step_seconds))
                     display.step(lambda: _standing(fabric, progress, seconds_left(progress, total_steps, config)))
                     if _told_to_stop(fabric, received, progress):
                         _finite_means(fabric, progress)
@@ -206,9 +205,12 @@ def _steps_worth(trainee: Trainee, progress: Progress, total_steps: int) -> floa
     return max(progress.step, seconds / limit * total_steps)
 
 
-def seconds_left(progress: Progress, total_steps: int, config: TrainingConfig) -> float:
-    """Of training, at the speed that it has had so far."""
-    left = progress.seconds / progress.step * (total_steps - progress.step)
+def seconds_left(
+    progress: Progress, total_steps: int, config: TrainingConfig, step_seconds: float | None = None
+) -> float:
+    """Of training, at so many seconds a step; None: at the speed that it has had so far."""
+    pace = progress.seconds / progress.step if step_seconds is None else step_seconds
+    left = pace * (total_steps - progress.step)
     return max(min(left, config.max_seconds - progress.seconds), 0.0) if config.max_seconds else left
 
 

@@ -5,12 +5,14 @@ Shapes: N tokens of a sequence, D width, E experts, K experts chosen for a token
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffmoe.model.layers import full_precision, widened
-from diffmoe.model.routers.base import Router, mean_token
+from diffmoe.model.routers.base import Router, RouterOptions, mean_token
 from diffmoe.model.routing import Routing, count_tokens
 
 
@@ -23,20 +25,12 @@ class AttentiveRouter(Router):
 
     causal = True
 
-    def __init__(
-        self,
-        embed_dim: int,
-        num_experts: int,
-        top_k: int,
-        noise: bool = False,
-        gate: str = "softmax",
-        gate_scale: float = 1.0,
-    ) -> None:
-        super().__init__(embed_dim, num_experts, top_k, noise, gate, gate_scale)
+    def __init__(self, embed_dim: int, num_experts: int, top_k: int, **options: Unpack[RouterOptions]) -> None:
+        super().__init__(embed_dim, num_experts, top_k, **options)
         router_dim = max(min(embed_dim, 64), num_experts)  # wide enough for E orthogonal keys
         self.query = nn.Linear(embed_dim, router_dim, bias=False)
         self.keys = nn.Parameter(torch.empty(num_experts, router_dim))
-        self.noise = nn.Linear(embed_dim, num_experts, bias=False) if noise else None
+        self.noise = nn.Linear(embed_dim, num_experts, bias=False) if options.get("noise") else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

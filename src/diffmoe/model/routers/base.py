@@ -6,13 +6,21 @@ Shapes: N tokens of a sequence, D width, E experts, K experts chosen for a token
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffmoe.model.routing import Routing, count_tokens
+
+
+class RouterOptions(TypedDict, total=False):
+    """What a router may be told besides its sizes; as the arguments of `Router`, which has the defaults."""
+
+    noise: bool
+    gate: str
+    gate_scale: float
 
 
 class Router(nn.Module, ABC):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from diffmoe.model.experts import ExpertWeights
 from diffmoe.model.layers import full_precision, widened
 from diffmoe.model.routers.attentive import AttentiveRouter, PictureRouter
-from diffmoe.model.routers.base import Router, mean_token
+from diffmoe.model.routers.base import Router, RouterOptions
 from diffmoe.model.routing import Routing
 
 
@@ -40,7 +40,8 @@ class Mixer(Router):
             run: rows (G, C, D) through an FFN for each of G groups, whose weights it is given -> (G, C, D).
 
         Returns:
-            (B, N, D), and for whoever looks at it a routing to the K experts that weigh most.
+            (B, N, D), unscaled and at padding of no meaning; and for whoever looks at it a routing to the K experts
+            that weigh most.
         """
 
 
@@ -57,14 +58,10 @@ class MergedRouter(PictureRouter, Mixer):
     def mix(
         self, x: Tensor, mask: Tensor | None, weights: ExpertWeights, run: Callable[[Tensor, ExpertWeights], Tensor]
     ) -> tuple[Tensor, Routing]:
-        with full_precision(x):
-            wide = widened(x)
-            logits = self.score(mean_token(wide, mask))
-            routing = self.choose(logits.expand(*x.shape[:-1], -1), mask)
+        routing = self(x, mask)
         share_BE = routing.probs[:, 0].to(weights.gain.dtype)
         merged = ExpertWeights(*((share_BE @ stack.flatten(1)).unflatten(1, stack.shape[1:]) for stack in weights))
-        y = run(x.to(weights.gain.dtype), merged) * self.gate_scale
-        return (y if mask is None else y * mask[..., None]), routing
+        return run(x.to(weights.gain.dtype), merged), routing
 
 
 class SoftRouter(AttentiveRouter, Mixer):
@@ -76,16 +73,8 @@ class SoftRouter(AttentiveRouter, Mixer):
 
     causal = False
 
-    def __init__(
-        self,
-        embed_dim: int,
-        num_experts: int,
-        top_k: int,
-        noise: bool = False,
-        gate: str = "softmax",
-        gate_scale: float = 1.0,
-    ) -> None:
-        super().__init__(embed_dim, num_experts, top_k, noise, gate, gate_scale)
+    def __init__(self, embed_dim: int, num_experts: int, top_k: int, **options: Unpack[RouterOptions]) -> None:
+        super().__init__(embed_dim, num_experts, top_k, **options)
         self.slots = nn.Parameter(torch.empty(num_experts * 4 * top_k, self.keys.shape[1]))
         nn.init.normal_(self.slots, std=0.5)
 
@@ -105,5 +94,4 @@ class SoftRouter(AttentiveRouter, Mixer):
         slots_EBpD = slots_BSD.unflatten(1, (num_experts, -1)).transpose(0, 1)
         out_ECD = run(slots_EBpD.flatten(1, 2), weights)
         out_BSD = out_ECD.unflatten(1, slots_EBpD.shape[1:3]).transpose(0, 1).flatten(1, 2)
-        y = logits_BNS.softmax(-1).to(dtype) @ out_BSD * self.gate_scale
-        return (y if mask is None else y * mask[..., None]), routing
+        return logits_BNS.softmax(-1).to(dtype) @ out_BSD, routing

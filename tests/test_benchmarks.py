@@ -31,6 +31,7 @@ sys.path.insert(0, str(FOLDER))  # where `python benchmarks/x.py` finds its neig
     moe_layer,
     naive,
     peers,
+    recipes,
     report,
     tables,
     timing,
@@ -40,7 +41,7 @@ sys.path.insert(0, str(FOLDER))  # where `python benchmarks/x.py` finds its neig
     importlib.import_module(name)
     for name in (
         *("block", "caption_baselines", "classifiers", "inference", "memory", "moe_layer", "naive", "peers"),
-        *("report", "tables", "timing", "train_step", "vits"),
+        *("recipes", "report", "tables", "timing", "train_step", "vits"),
     )
 )
 
@@ -536,3 +537,36 @@ def test_a_comparison_is_kept_and_told_with_how_it_was_made(tmp_path: Path, monk
     (tmp_path / "other.json").write_text("{}", encoding="utf-8")
     with pytest.raises(UserError, match=r"other\.json is no comparison\.json: it lacks command, "):
         results.read(tmp_path / "other.json")
+
+
+HISTORY = """epoch,train_accuracy,val_accuracy,images_per_second,seconds
+1,0.5,0.25,100,9
+2,0.75,{},200,20
+"""
+
+
+def finished(trial: Any, accuracy: float) -> None:
+    (trial.folder / "digits").mkdir(parents=True)
+    (trial.folder / "digits" / "history.csv").write_text(HISTORY.format(accuracy), "utf-8")
+    (trial.folder / "finished").touch()
+
+
+def test_a_search_for_a_recipe_repeats_no_run_and_averages_the_last_epoch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["plain", "slow:lr=0.1,epochs=2", "--seeds", "2", "--out", str(tmp_path), "--", "--dataset", "no such set"]
+    args, flags = recipes.parse_args(words)
+    for seed, accuracy in ((0, 0.5), (1, 0.7)):
+        for variant in args.variants:
+            finished(recipes.trial(variant, seed, flags, args.out), accuracy)
+    recipes.main(words)
+    told = capsys.readouterr().out.splitlines()
+    assert sorted(told[:4])[0] == "plain, seed 0: 25.0 50.0"
+    # Mean of 50 and 70; standard deviation sqrt(2 * 10^2 / 1).
+    assert told[-2] == "| `plain` | 2 | 60.00 ± 14.14 | 75.00 | 200 | 20 |"
+    assert recipes.trial("slow:lr=0.1,epochs=2", 1, flags, tmp_path).flags == [*flags, "--lr=0.1", "--epochs=2"]
+
+
+def test_a_search_says_why_a_run_failed(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"plain, seed 0: .*no such set"):
+        recipes.main(["plain", "--out", str(tmp_path), "--", "--dataset", "no such set"])

@@ -126,9 +126,9 @@ def test_only_a_whitened_stem_is_whitened() -> None:
     ("patch_size", "width", "widths"),
     [
         (2, 4, [8, 8]),  # the last one is D
-        (8, 2, [2, 2, 4, 4, 8, 8]),  # doubles
-        (8, 6, [6, 6, 8, 8, 8, 8]),  # never over D
-        (4, 20, [8, 8, 8, 8]),
+        (4, 2, [2, 2, 8, 8]),
+        (8, 6, [6, 6, 8, 8, 8, 8]),
+        (4, 20, [20, 20, 8, 8]),  # over D, where one asks for it
     ],
 )
 def test_widths_of_the_whitened_stem(patch_size: int, width: int, widths: list[int]) -> None:

@@ -45,7 +45,7 @@ class ModelConfig:
     2021), which learns far faster on small data; 'whitened' one behind a frozen whitening of the pictures (Jordan
     2024), which learns faster still."""
     stem_width: int = 64
-    """Channels after the first halving of patch_embed 'whitened'; each further one doubles them, up to embed_dim."""
+    """Channels of patch_embed 'whitened' after the first of several halvings, embed_dim after the others."""
     embed_dim: int = 512
     """Width of every token, D; num_heads must divide it."""
     num_heads: int = 8

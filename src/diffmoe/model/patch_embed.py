@@ -143,8 +143,7 @@ class WhitenedStem(nn.Sequential):
     in 3.29 seconds on a single GPU").
 
     A frozen `Whitening` and GELU; then, for each of log2(patch) halvings, a 3x3 convolution, max-pooling, BatchNorm,
-    GELU, and a 3x3 convolution, BatchNorm, GELU. Both have w channels, in the first halving `width`, in each further
-    one twice as many, never over D, and in the last one D.
+    GELU, and a 3x3 convolution, BatchNorm, GELU. Both have `width` channels in the first of several halvings, then D.
 
     Args:
         patch_size: a power of two, at least 2.
@@ -157,7 +156,7 @@ class WhitenedStem(nn.Sequential):
         layers: list[nn.Module] = [whitening := Whitening(in_channels), nn.GELU()]
         channels, halvings = whitening.out_channels, _halvings(patch_size)
         for halving in range(halvings):
-            wider = min(embed_dim, width * 2**halving) if halving + 1 < halvings else embed_dim
+            wider = width if halving == 0 and halvings > 1 else embed_dim
             layers += [StemConv(channels, wider, pool=True), StemConv(wider, wider)]
             channels = wider
         super().__init__(*layers)

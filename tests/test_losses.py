@@ -260,3 +260,33 @@ def test_padding_changes_no_router_loss(name: str, seed: int, real: list[bool]) 
     assert padded.grad is not None
     torch.testing.assert_close(padded.grad.flatten(0, 1)[mask], alone.grad)
     assert not padded.grad.flatten(0, 1)[~mask].any()
+
+
+# --- guidance by super-classes ---
+
+
+def test_guidance_by_hand() -> None:
+    # Two pictures of two tokens. The first goes to its expert by 0.8 and 0.4, 0.6 on average; the second by 0.3.
+    probs = torch.tensor([[[0.8, 0.2], [0.4, 0.6]], [[0.7, 0.3], [0.7, 0.3]]], dtype=torch.float64)
+    target = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    assert losses.router_guidance_loss(probs, target).item() == pytest.approx(-(log(0.6) + log(0.3)) / 2)
+    # A picture that is two, by 3 to 1.
+    mixed = torch.tensor([[0.75, 0.25]], dtype=torch.float64)
+    expected = -(0.75 * log(0.6) + 0.25 * log(0.4))
+    assert losses.router_guidance_loss(probs[:1], mixed).item() == pytest.approx(expected)
+
+
+@few
+@given(seed=seeds)
+def test_guidance_pulls_towards_the_experts_own_share_alone(seed: int) -> None:
+    logits = random_probs(seed).log()[:, None].requires_grad_()  # six pictures of one token
+    target = F.one_hot(torch.arange(6) % 4, 4).double()
+    losses.router_guidance_loss(logits.softmax(-1), target).backward()
+    # Cross-entropy's gradient: (p - target) a picture.
+    torch.testing.assert_close(logits.grad, (logits.detach().softmax(-1) - target[:, None]) / 6)
+
+
+def test_guidance_is_finite_where_a_probability_is_0() -> None:
+    probs = torch.tensor([[[0.0, 1.0]]], requires_grad=True)
+    loss = losses.router_guidance_loss(probs, torch.tensor([[1.0, 0.0]]))
+    assert loss.isfinite()

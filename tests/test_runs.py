@@ -545,3 +545,15 @@ class TestDataFolder:
         monkeypatch.chdir(tmp_path)
         assert cli("train", *tiny_flags, "--epochs", 1, "--save_dir", ".").code == 0
         assert cli("train", *tiny_flags, "--epochs", 1, "--save_dir", ".", "--resume").code == 0
+
+
+def test_a_guided_run_tells_how_far_pictures_are_from_their_experts(tmp_path):
+    where: dict[str, Any] = {"dataset": "digits", "save_dir": tmp_path, "quiet": True}
+    diffmoe.train(**FLAGS, **where, epochs=2, router_guidance_weight=1.0, lr=0.003, ema_decay=0.5)
+    losses = [row["router_guidance_loss"] for row in RunFiles("digits", str(tmp_path)).read_history()]
+    assert len(losses) == 2
+    assert losses[1] < losses[0]
+    state = load_model_file(RunFiles("digits", str(tmp_path)).model).model.state_dict()
+    assert not any("guid" in name or "super" in name for name in state)
+    with pytest.raises(UserError, match=r"num_general_experts is 11: .* there are 10 classes"):
+        diffmoe.train(**FLAGS, **where, num_general_experts=11, router_guidance_weight=1.0, overwrite=True)

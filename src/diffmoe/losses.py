@@ -97,6 +97,19 @@ def contrastive_loss(
     return (image_to_text + text_to_image) / 2
 
 
+def router_guidance_loss(probs: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy of a picture's routing with its super-class's expert (Daxberger et al. 2023, "Mobile V-MoEs").
+
+    A picture's routing is the mean of its tokens' probabilities.
+
+    Args:
+        probs: the router's probabilities, (B, N, E).
+        target: (B, E), the share that each expert is to have of each picture.
+    """
+    picture_BE = probs.mean(1)
+    return -(target * picture_BE.clamp_min(torch.finfo(probs.dtype).tiny).log()).sum(-1).mean()
+
+
 def router_logit_z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
     """mean(logsumexp(logits)^2): keeps the router's logits small (ST-MoE, Zoph et al. 2022, eq. 5)."""
     return mean_probs(logits.logsumexp(-1, keepdim=True).square(), mask).squeeze()

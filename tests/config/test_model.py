@@ -45,8 +45,9 @@ def test_the_defaults_are_the_specifications():
     defaults = dataclasses.asdict(ModelConfig())
     assert {name: defaults[name] for name in SPECIFIED} == SPECIFIED
     # What the specification does not have changes nothing unless asked for.
-    off = ("dense", "router_noise", "balance_bias_rate", "switch_loss_weight", "entropy_local_weight")
-    assert not any(defaults[name] for name in (*off, "entropy_global_weight", "router_logit_z_loss_weight"))
+    off = ("dense", "router_noise", "balance_bias_rate", "router_guidance_weight", "switch_loss_weight")
+    losses_off = ("entropy_local_weight", "entropy_global_weight", "router_logit_z_loss_weight")
+    assert not any(defaults[name] for name in (*off, *losses_off))
     assert defaults["router"] == "attentive"
 
 
@@ -62,6 +63,10 @@ def test_the_twin_of_the_defaults():
     assert dataclasses.replace(twin, dense=False, dense_units=None, dense_scale=1.0) == ModelConfig(gate_scale=2.0)
     assert twin.dense_units == 2 * 2048 + 2  # two experts' hidden units, and 4 logits at half a unit each
     assert 1 < twin.dense_scale < 1.2  # a little over K unlike experts' sum, as gates are not equal
+
+
+def test_a_twin_has_no_router_to_guide():
+    assert ModelConfig(router_guidance_weight=0.3).dense_twin() == ModelConfig().dense_twin()
 
 
 def test_configs_cannot_be_changed_in_place():

@@ -127,6 +127,9 @@ class ModelConfig:
     """Weight of LIMoE's local entropy loss, one for each modality; off by default."""
     entropy_global_weight: float = 0.0
     """Weight of LIMoE's global entropy loss, one for each modality; off by default."""
+    router_guidance_weight: float = 0.0
+    """Weight of the routers' guidance: -log of the probability that a picture goes to its super-class's expert, summed
+    over the image tower's blocks (Mobile V-MoEs, Daxberger et al. 2023); off by default."""
     balance_bias_rate: float = 0.0
     """Step of the loss-free balancing bias (DeepSeek-V3); 0 is off."""
 
@@ -230,7 +233,8 @@ class ModelConfig:
         """
         units = max(1, round(_routed_units(self)))
         loudness = self.gate_scale * _gates_norm(self) / math.sqrt(self.top_k)
-        return dataclasses.replace(self, dense=True, dense_units=units, dense_scale=loudness)
+        unrouted = dataclasses.replace(self, router_guidance_weight=0.0)  # there is no router to guide
+        return dataclasses.replace(unrouted, dense=True, dense_units=units, dense_scale=loudness)
 
     @property
     def num_patches(self) -> int:

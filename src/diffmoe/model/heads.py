@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffmoe.config import ModelConfig
+from diffmoe.losses import router_guidance_loss
 from diffmoe.model.layers import full_precision, widened
 from diffmoe.model.multimodal import MultiModalMoE
 from diffmoe.model.outputs import ClassifierOutput, Output, TextFeatures
@@ -112,6 +113,24 @@ class Classifier(Head):
             )
             loss = torch.lerp(other, own, share.to(own)).mean()  # Fabric rounds what it hands a model
         return Score(loss, (output.logits.argmax(-1) == labels).float().mean(), len(labels))
+
+    def guidance_loss(self, batch: Sequence[Tensor], output: Output, expert_of_class: Tensor) -> Tensor:
+        """How far the image tower's routing is from the experts of the pictures' super-classes, summed over its blocks.
+
+        For training alone: the labels of the batch reach no logits. Of a mixed picture each class has its share.
+
+        Args:
+            batch: as `score`'s.
+            output: what `run` made of it.
+            expert_of_class: (C, E), 1 at the expert of each class's super-class, else 0.
+        """
+        target_BE = expert_of_class[batch[1]]
+        if len(batch) > 2:
+            target_BE = torch.lerp(expert_of_class[batch[2]], target_BE, batch[3].to(target_BE)[:, None])
+        loss = target_BE.new_zeros(())
+        for routing in output.image.routing:
+            loss = loss + router_guidance_loss(routing.probs, target_BE)
+        return loss
 
 
 class ImageClassifier(Classifier):

@@ -81,6 +81,14 @@ class Task(ABC):
     def made_up(self, settings: Settings) -> Head:
         """A fresh model of the settings without any data, for measuring what it costs."""
 
+    def super_classes(self, settings: Settings, data: Dataset) -> Tensor | None:
+        """The expert that each class's pictures are guided to, int64 (C,); None where routers are not guided.
+
+        Raises `UserError` where there are fewer classes than experts.
+        """
+        del settings, data
+        return None
+
     @abstractmethod
     def noise(self, model: Any, batch_size: int) -> Sequence[Tensor]:
         """A batch of the model's shape that means nothing, on the CPU."""

@@ -18,6 +18,7 @@ from diffmoe.data.descriptions import class_descriptions
 from diffmoe.data.loading import Dataset, Part
 from diffmoe.data.pictures import PictureSpec
 from diffmoe.data.splits import Split
+from diffmoe.data.super_classes import super_classes
 from diffmoe.data.text import tokenize
 from diffmoe.evaluation.classification import (
     Predictions,
@@ -29,6 +30,7 @@ from diffmoe.evaluation.classification import (
 from diffmoe.evaluation.passes import Autocast, Scores, run_over
 from diffmoe.model.heads import Classifier, ImageClassifier
 from diffmoe.model.outputs import TextFeatures
+from diffmoe.model.routers import ROUTERS, router_kind
 from diffmoe.tasks.base import Metrics, Runtime, Task, Tested
 
 
@@ -44,6 +46,18 @@ class Classification(Task):
         *("router_confidence", "attention_maps", "attention_rollout", "class_maps", "embedding_space"),
         "without_experts",
     )
+
+    def check(self, settings: Settings) -> None:
+        """Where routers are guided, they must be able to follow."""
+        super().check(settings)
+        config = settings.model
+        if (weight := config.router_guidance_weight) > 0:
+            told = f"router_guidance_weight is {weight}"
+            if config.dense:
+                raise UserError(f"{told}: this model is dense, and has no router to guide; give 0")
+            if not router_kind(config.router).guidable:
+                able = ", ".join(name for name, kind in ROUTERS.items() if kind.guidable)
+                raise UserError(f"{told}: router {config.router!r} cannot be guided; give 0 or one of {able}")
 
     def build(self, settings: Settings, data: Dataset) -> Classifier:
         """With as many classes as the data has."""
@@ -66,6 +80,13 @@ class Classification(Task):
         return ImageClassifier(
             config, *class_tokens(class_descriptions(settings.data.dataset, names), config.max_text_len)
         )
+
+    def super_classes(self, settings: Settings, data: Dataset) -> Tensor | None:
+        """By what the classes' training pictures look like, and the sets that they are of."""
+        if settings.model.router_guidance_weight == 0:
+            return None
+        classes_of_part = [len(part.class_names) for part in data.parts] or [len(data.class_names)]
+        return super_classes(data.train, classes_of_part, settings.model.num_general_experts)
 
     def noise(self, model: Any, batch_size: int) -> Sequence[Tensor]:
         config = model.config

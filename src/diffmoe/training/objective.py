@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from diffmoe.config import TrainingConfig
-from diffmoe.model.heads import Head
+from diffmoe.model.heads import Classifier, Head
 from diffmoe.training.averages import Averages
 from diffmoe.training.optimizer import make_optimizer
 from diffmoe.training.parallel import total
@@ -43,12 +44,20 @@ class Objective(nn.Module):
     Args:
         model: the head.
         label_smoothing: mass spread evenly over the classes, or the tokens that can be written.
+        super_classes: (C,) int64, the expert that pictures of each class are guided to, by router_guidance_weight of
+            the model's config; None guides none.
     """
 
-    def __init__(self, model: Head, label_smoothing: float = 0.0) -> None:
+    expert_of_class: Tensor | None
+
+    def __init__(self, model: Head, label_smoothing: float = 0.0, super_classes: Tensor | None = None) -> None:
         super().__init__()
         self.model = model
         self.label_smoothing = label_smoothing
+        experts = model.config.num_general_experts
+        # Here and not in the model: a trained router needs no super-classes.
+        one_hot = None if super_classes is None else F.one_hot(super_classes, experts).float()
+        self.register_buffer("expert_of_class", one_hot, persistent=False)
 
     def forward(self, *batch: Tensor) -> Step:
         """A batch of the head's data."""
@@ -56,7 +65,13 @@ class Objective(nn.Module):
         assert output.losses is not None
         score = self.model.score(batch, output, self.label_smoothing)
         loads = {f"{routing.place}_{routing.layer}": routing.tokens_per_expert for routing in output.routing}
-        return Step(score.loss, output.losses.router_loss, score.accuracy, output.losses.parts(), loads)
+        own, parts = output.losses.router_loss, output.losses.parts()
+        if self.expert_of_class is not None:
+            assert isinstance(self.model, Classifier)  # or there would be no classes
+            guidance = self.model.guidance_loss(batch, output, self.expert_of_class)
+            own = own + self.model.config.router_guidance_weight * guidance
+            parts["router_guidance_loss"] = guidance
+        return Step(score.loss, own, score.accuracy, parts, loads)
 
 
 class Trainee:
@@ -66,11 +81,14 @@ class Trainee:
         fabric: launched.
         model: changed in place.
         config: the loop's settings.
+        super_classes: as `Objective`.
     """
 
-    def __init__(self, fabric: Fabric, model: Head, config: TrainingConfig) -> None:
+    def __init__(
+        self, fabric: Fabric, model: Head, config: TrainingConfig, super_classes: Tensor | None = None
+    ) -> None:
         self.fabric, self.model, self.config = fabric, model, config
-        objective = Objective(model, config.label_smoothing)
+        objective = Objective(model, config.label_smoothing, super_classes)
         compiled = cast(nn.Module, torch.compile(objective)) if config.compile else objective
         self.objective, self.optimizer = fabric.setup(compiled, make_optimizer(model, config))
         has_routers = model.config.balance_bias_rate > 0 and not model.config.dense

@@ -133,6 +133,7 @@ def _auxiliary_title(key: str) -> str:
     known = {
         "router_z_loss": say("Router z-loss"),
         "router_balance_loss": say("Load balance loss"),
+        "router_guidance_loss": say("Router guidance loss"),
         "cross_modal_loss": say("Cross-modal alignment loss"),
         "contrastive_loss": say("Contrastive loss"),
     }

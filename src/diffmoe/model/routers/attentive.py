@@ -24,6 +24,7 @@ class AttentiveRouter(Router):
     """
 
     causal = True
+    guidable = True
 
     def __init__(self, embed_dim: int, num_experts: int, top_k: int, **options: Unpack[RouterOptions]) -> None:
         super().__init__(embed_dim, num_experts, top_k, **options)
@@ -79,6 +80,7 @@ class ExpertChoiceRouter(AttentiveRouter):
     """
 
     causal = False
+    guidable = False  # every expert takes its share of every picture
 
     def choose(self, logits: Tensor, mask: Tensor | None) -> Routing:
         num_experts, length = logits.shape[-1], logits.shape[-2]

@@ -40,6 +40,9 @@ class Router(nn.Module, ABC):
     causal: ClassVar[bool]
     """A token's experts depend on no token after it: a caption that is being written may be routed so."""
 
+    guidable: ClassVar[bool] = False
+    """It can learn to send all of a picture to one expert: `router_guidance_weight` has an effect."""
+
     balance_bias: Tensor
 
     def __init__(

@@ -72,6 +72,7 @@ class SoftRouter(AttentiveRouter, Mixer):
     """
 
     causal = False
+    guidable = False  # every expert gets slots of every picture
 
     def __init__(self, embed_dim: int, num_experts: int, top_k: int, **options: Unpack[RouterOptions]) -> None:
         super().__init__(embed_dim, num_experts, top_k, **options)

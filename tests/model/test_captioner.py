@@ -17,6 +17,7 @@ from diffmoe.data import text
 from diffmoe.model import captioner, dispatch
 from diffmoe.model.captioner import END_ID, START_ID, Captioner
 from diffmoe.model.multimodal import init_weights
+from diffmoe.model.routers import ROUTERS
 from diffmoe.model.sequence import Context
 
 CONFIG = dataclasses.replace(SMALL, text_encoder_layers=2, fusion_layers=2, vocab_size=text.VOCAB_SIZE, max_text_len=10)
@@ -151,6 +152,28 @@ def test_a_future_token_never_changes_an_earlier_logit(
         assert torch.equal(again[:, :t], logits[:, :t]), f"position {t}"
         assert torch.equal(again[1], logits[1])
         assert not torch.equal(again[0, t], logits[0, t])
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_no_router_lets_a_token_see_the_future(router: str) -> None:
+    model = make(std=0.4, router=router).eval()
+    kind = ROUTERS[router]
+    by_place = {name.split("_")[0]: type(made) for name, made in model.backbone.routers().items()}
+    attentive = ROUTERS["attentive"]
+    assert by_place == {"image": kind, "text": attentive, "fusion": attentive}
+    tokens = OUTPUT[torch.randint(V, (2, 8), generator=torch.Generator().manual_seed(0))]
+    logits = model(pictures(2), tokens)["logits"]
+    for t in range(1, 8):
+        changed = tokens.clone()
+        changed[0, t] = OUTPUT[(torch.searchsorted(OUTPUT, tokens[0, t]) + 1) % V]
+        again = model(pictures(2), changed)["logits"]
+        assert torch.equal(again[:, :t], logits[:, :t]), f"position {t}"
+        assert not torch.equal(again[0, t], logits[0, t])
+    written = model.generate(pictures(2), decoding="greedy")
+    assert torch.equal(written, model.generate(pictures(2), decoding="greedy", use_cache=False))
+    again = Captioner.restore(model.config, model.state_dict())
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again.eval()(pictures(2), tokens)["logits"], logits)
 
 
 def test_no_gradient_comes_from_the_future_and_every_one_from_the_past_and_the_picture() -> None:

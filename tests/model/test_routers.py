@@ -187,11 +187,12 @@ def test_another_router_is_one_class_and_no_other_change(monkeypatch: pytest.Mon
     assert all(p.grad is not None for name, p in model.named_parameters() if "_weight" in name)
 
 
-def test_a_router_that_looks_ahead_writes_no_captions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_router_that_looks_ahead_is_a_captioners_image_towers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ROUTERS, "by-position", LooksAhead)
-    with pytest.raises(ValueError, match=r"router is 'by-position': .* its own future"):
-        Captioner(CONFIG)
-    MultiModalMoE(CONFIG)  # its texts are whole when they are read
+    kinds = {name: type(router) for name, router in Captioner(CONFIG).backbone.routers().items()}
+    assert kinds == {"image_0": LooksAhead, "text_0": AttentiveRouter, "fusion_0": AttentiveRouter}
+    whole = MultiModalMoE(CONFIG)  # its texts are whole when they are read
+    assert {type(router) for router in whole.routers().values()} == {LooksAhead}
 
 
 def test_an_unknown_router_is_named_with_those_there_are() -> None:

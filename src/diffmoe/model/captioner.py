@@ -28,10 +28,18 @@ ROWS_MULTIPLE = 64
 """Products over the vocabulary get a multiple of so many rows: oneDNN builds a kernel for every new shape."""
 
 
+def text_router(config: ModelConfig) -> str:
+    """The router of a captioner's text tower and fusion: the config's, or the attentive one where that would look at
+    tokens that are not written yet. Raises `UserError` where there is no router so called.
+    """
+    return config.router if config.dense or router_kind(config.router).causal else "attentive"
+
+
 class Captioner(Head):
     """Image captioner: the causal text tower, fused with the picture, to a language-model head tied to the embedding.
 
-    A token never sees the future: the fusion's context is the image tower's output, which never reads the text.
+    A token never sees the future: the fusion's context is the image tower's output, which never reads the text, and a
+    router that looks at all tokens at once is the image tower's alone (`text_router`).
 
         model = Captioner(ModelConfig(img_size=64, in_channels=3))
         model.generate(images, decoding="beam", beams=4)   # (B, T) int64: start, words, end, zeros
@@ -43,7 +51,7 @@ class Captioner(Head):
 
     Raises:
         ValueError: without a fusion, or where output_tokens are not what they must be.
-        UserError: where the router would look at tokens that are not written yet.
+        UserError: where there is no router so called.
     """
 
     kind = "captioner"
@@ -56,16 +64,11 @@ class Captioner(Head):
         super().__init__()
         if config.fusion_layers < 1:
             raise ValueError("fusion_layers is 0: a captioner needs at least 1, in which the text reads the picture")
-        if not (config.dense or router_kind(config.router).causal):
-            raise UserError(
-                f"router is {config.router!r}: it looks at all tokens of a text at once, and a caption must not see "
-                "its own future; captions need a causal one"
-            )
         if output_tokens is None:
             output_tokens = torch.arange(config.vocab_size)
         _check_output_tokens(output_tokens, config.vocab_size)
         self.config = config
-        self.backbone = MultiModalMoE(config)
+        self.backbone = MultiModalMoE(config, text_router(config))
         self.output_projection = nn.Linear(config.embed_dim, config.text_embed_dim)
         # Features of unit variance, so that the tied embedding alone sets the scale of the logits.
         nn.init.normal_(self.output_projection.weight, std=config.embed_dim**-0.5)

@@ -40,9 +40,10 @@ class MultiModalMoE(nn.Module):
 
     Args:
         config: the architecture and the weights of the losses.
+        text_router: of the text tower and the fusion, where it is another one than the image tower's.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, text_router: str | None = None) -> None:
         super().__init__()
         self.config = config
         width, eps = config.embed_dim, config.layer_norm_eps
@@ -55,13 +56,14 @@ class MultiModalMoE(nn.Module):
         self.text_position = nn.Parameter(torch.zeros(config.max_text_len, width))
         self.modality_embedding = nn.Parameter(torch.zeros(2, width))
         self.image_encoder = ImageEncoder(config)
-        self.text_encoder = TextEncoder(config)
+        of_text = config if text_router is None else dataclasses.replace(config, router=text_router)
+        self.text_encoder = TextEncoder(of_text)
         self.image_norm = nn.LayerNorm(width, eps=eps)
         self.text_norm = nn.LayerNorm(width, eps=eps)
         self.image_projection = nn.Linear(width, width, bias=False)
         self.text_projection = nn.Linear(width, width, bias=False)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        self.fusion = CrossModalFusion(config) if config.fusion_layers else None
+        self.fusion = CrossModalFusion(of_text) if config.fusion_layers else None
         self.fusion_norm = nn.LayerNorm(width, eps=eps) if config.fusion_layers else None
         init_weights(self, config.initializer_range)
 

@@ -26,10 +26,9 @@ from diffmoe.evaluation.captions import caption_metrics, missing_metrics, normal
 from diffmoe.evaluation.passes import Autocast, Kept, Scores, run_over
 from diffmoe.evaluation.retrieval import retrieval_metrics
 from diffmoe.files import as_json
-from diffmoe.model.captioner import Captioner
+from diffmoe.model.captioner import Captioner, text_router
 from diffmoe.model.layers import evaluating
 from diffmoe.model.outputs import TextFeatures
-from diffmoe.model.routers import router_kind
 from diffmoe.tasks.base import Metrics, Runtime, Task, Tested
 
 log = logging.getLogger(__name__)
@@ -55,7 +54,7 @@ class Captioning(Task):
     )
 
     def check(self, settings: Settings) -> None:
-        """The text must read the picture, and must not see its own future."""
+        """The text must read the picture."""
         super().check(settings)
         config = settings.model
         for name in ("mixup", "cutmix"):
@@ -65,8 +64,16 @@ class Captioning(Task):
             raise UserError(f"router_guidance_weight is {weight}: it guides by classes, and captions have none; give 0")
         if config.fusion_layers < 1:
             raise UserError("fusion_layers is 0: captions need at least 1, in which the text reads the picture")
-        if not (config.dense or router_kind(config.router).causal):
-            raise UserError(f"router is {config.router!r}: it sees a caption's future; captions need a causal one")
+
+    def notes(self, config: ModelConfig) -> list[str]:
+        """Also where only the image tower has the router that was asked for."""
+        notes = super().notes(config)
+        if (used := text_router(config)) != config.router:
+            notes.append(
+                f"router {config.router!r} is the image tower's alone: it would see a caption's future, so texts and "
+                f"the fusion have {used!r}"
+            )
+        return notes
 
     def build(self, settings: Settings, data: Dataset) -> Captioner:
         """It can write the tokens of the training captions."""

@@ -11,6 +11,7 @@ import pytest
 
 from diffmoe.comparison import run as runs
 from diffmoe.comparison.make import routing_health
+from diffmoe.comparison.page import arm_table
 from diffmoe.comparison.statistics import paired_difference
 from diffmoe.storage.run_files import RunFiles
 
@@ -105,6 +106,41 @@ def test_at_equal_time_each_has_the_first_ones_seconds(cli: Cli, flags: list[Any
     assert moe <= dense < moe + 5  # the step that was under way is finished, on however busy a machine
     assert found["differences"][0]["p"] is None
     assert any("one seed tells no difference from chance" in note for note in found["notes"])
+
+
+def test_views_are_averaged_where_that_is_asked_for_without_another_training(
+    cli: Cli, flags: list[Any], tmp_path: Path
+) -> None:
+    def compared(*more: str) -> dict[str, Any]:
+        result = cli(*flags, "--seeds", 1, "--json", *more)
+        assert (result.code, result.err) == (0, "")
+        return json.loads(result.out)
+
+    plain, averaged = compared(), compared("--tta", "flip")
+    assert "test_accuracy_tta" not in json.dumps(plain)
+    assert {row["metric"] for row in plain["differences"]} == {"test_accuracy"}
+    assert {row["metric"] for row in averaged["differences"]} == {"test_accuracy", "test_accuracy_tta"}
+    for name, arm in averaged["arms"].items():
+        files = RunFiles("digits", str(tmp_path / "runs" / "compare" / "digits" / name / "seed3"))
+        assert files.read_metrics()["train_seconds"] == plain["arms"][name]["train_seconds"]["mean"]
+        assert arm["train_seconds"] == plain["arms"][name]["train_seconds"]
+        assert arm["test_accuracy"] == plain["arms"][name]["test_accuracy"]
+        assert 0 <= arm["test_accuracy_tta"]["mean"] <= 1
+
+
+def test_the_table_has_a_column_of_views_where_some_arm_has_them() -> None:
+    def told(*values: float) -> dict[str, Any]:
+        return {"mean": sum(values) / len(values), "std": None, "values": [*values]}
+
+    costs = {"flops_per_image": 1, "parameters_total": 1, "routing": None}
+    times = {"train_seconds": told(1), "images_per_second": told(1)}
+    arms = {"a": {"test_accuracy": told(0.5), **costs, **times}, "b": {"test_accuracy": told(0.75), **costs, **times}}
+    found: dict[str, Any] = {"arms": arms, "differences": [{"metric": "test_accuracy"}]}
+    assert "test accuracy, mean over views" not in arm_table(found)[0]
+    arms["b"]["test_accuracy_tta"] = told(0.875)
+    heads, *rows = arm_table(found)
+    assert heads[:3] == ("arm", "test accuracy", "test accuracy, mean over views")
+    assert [row[:3] for row in rows] == [("a", "50.00%", ""), ("b", "75.00%", "87.50%")]
 
 
 def test_several_at_once_are_processes_that_tell_what_went_wrong(cli: Cli, flags: list[Any], tmp_path: Path) -> None:

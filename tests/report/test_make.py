@@ -271,6 +271,19 @@ def test_a_captioners_scores_have_names_and_the_first_of_them_stand_at_the_top(
     assert "<dt>BLEU-4</dt>" not in of_validation  # they are of the test split
 
 
+def test_a_classifiers_scores_have_the_mean_over_views_where_it_was_measured(
+    sparse: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Classification, "sections", ("scores",))
+    shutil.copytree(sparse.model.parent, tmp_path / "ck")
+    trained = Trained(tmp_path / "ck" / sparse.model.name, sparse.data)
+    assert "mean over views" not in show(tmp_path, trained).html
+    RunFiles.beside(trained.model).update_metrics({"test_accuracy_tta": 0.1234})
+    cells = re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", show(tmp_path, trained).html)
+    told = dict(zip(cells[::2], cells[1::2], strict=True))
+    assert told["accuracy on the test split, mean over views (test --tta)"] == "12.34%"
+
+
 def test_what_cannot_be_is_one_line_before_any_work(
     sparse: Trained, call: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

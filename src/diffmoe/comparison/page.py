@@ -16,6 +16,7 @@ from diffmoe.visualization import figures
 from diffmoe.visualization.language import Language, say, speaking
 
 PAGE = "comparison.html"
+TTA = "test_accuracy_tta"
 SHORT = EngFormatter(places=2, sep="")
 """1230000 is 1.23M."""
 
@@ -65,7 +66,7 @@ def _sections(found: Mapping[str, Any], health: Mapping[str, drawn.Health]) -> I
     yield "differences", Section(say("Differences"), (), "", note, difference_table(found))
     for metric in metrics:
         draw = partial(drawn.score_against_cost, arms, metric)
-        title = say("Accuracy and cost") if metric == "test_accuracy" else metric
+        title = say("Accuracy and cost") if metric == "test_accuracy" else drawn.metric_name(metric)
         yield f"{metric}_against_cost", Section(title, [draw], how_to_read(drawn.score_against_cost))
     if any(any(runs) for runs in health.values()):
         draw = partial(drawn.routers_over_time, health)
@@ -77,10 +78,12 @@ def _sections(found: Mapping[str, Any], health: Mapping[str, drawn.Health]) -> I
 
 
 def arm_table(found: Mapping[str, Any]) -> Table:
-    """A row for each arm."""
+    """A row for each arm; what not all of them have is not compared, and yet shown where it is there."""
     metrics = list(dict.fromkeys(row["metric"] for row in found["differences"]))
+    if TTA not in metrics and any(TTA in of_arm for of_arm in found["arms"].values()):
+        metrics.insert(1, TTA)  # beside the accuracy
     heads = (
-        *(say("arm"), *(say("test accuracy") if name == "test_accuracy" else name for name in metrics)),
+        *(say("arm"), *map(drawn.metric_name, metrics)),
         *(say("seconds"), say("images/s"), say("FLOPs a picture"), say("parameters"), say("load, least to most")),
         say("flutter"),
     )
@@ -89,7 +92,7 @@ def arm_table(found: Mapping[str, Any]) -> Table:
         routing = of_arm["routing"] or {}
         load = f"{routing['min_load']:.2f} … {routing['max_load']:.2f}" if routing else ""
         flutter = f"{routing['flutter']:.1%}" if "flutter" in routing else ""
-        cells = [spread(of_arm[name], name) for name in metrics]
+        cells = [spread(of_arm[name], name) if name in of_arm else "" for name in metrics]
         cells += [spread(of_arm["train_seconds"], "train_seconds"), spread(of_arm["images_per_second"], "speed")]
         cells += [SHORT(of_arm["flops_per_image"]), SHORT(of_arm["parameters_total"]), load, flutter]
         rows.append((arm, *cells))

@@ -35,7 +35,7 @@ from diffmoe.storage.run_files import RunFiles
 from diffmoe.tasks import task_of_data
 from diffmoe.training.loop import StopRequested
 
-COMPARED = ("test_accuracy", "i2t_r1", "t2i_r1", "bleu4", "cider")
+COMPARED = ("test_accuracy", "test_accuracy_tta", "i2t_r1", "t2i_r1", "bleu4", "cider")
 """Metrics of a test that arms are compared by, of whatever task; more is better."""
 MANY_EPOCHS = 1000
 """At equal time an arm's epochs are the first one's times this: its time is over before."""
@@ -95,20 +95,21 @@ class Run:
             raise UserError(
                 f"{self.mark.parent} holds a run of other settings or data: give --overwrite or another --save_dir"
             )
-        return any(name in self.metrics() for name in COMPARED)
+        # Asked for other views, it is not tested yet; its training is not done again.
+        return self.marked()["tta"] == self.settings.run.tta and any(name in self.metrics() for name in COMPARED)
 
     def marked(self) -> dict[str, Any]:
         """What its mark says. Raises `UserError` where it is damaged."""
         try:
             found = json.loads(self.mark.read_text(encoding="utf-8"))
-            return {name: found[name] for name in ("fingerprint", "threads")}
+            return {"fingerprint": found["fingerprint"], "threads": found["threads"], "tta": found.get("tta", "none")}
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.mark} is damaged: begin anew with --overwrite") from error
 
     def begun(self, threads: int) -> Settings:
         """The settings to begin it with, or to go on with where it was begun; marks it as begun."""
         goes_on = self.mark.is_file() and self.files.last.is_file()
-        mark = {"fingerprint": self.fingerprint(), "threads": threads}
+        mark = {"fingerprint": self.fingerprint(), "threads": threads, "tta": self.settings.run.tta}
         write_atomically(self.mark, lambda path: path.write_text(json.dumps(mark), encoding="utf-8"))
         run = dataclasses.replace(self.settings.run, resume=goes_on, overwrite=not goes_on)
         return dataclasses.replace(self.timed(), run=run)

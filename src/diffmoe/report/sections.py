@@ -38,6 +38,9 @@ def scores(subject: Subject) -> Section:
         table.append((say("top-5 accuracy"), _percent(metrics["top5_accuracy"])))
     if "zero_shot_accuracy" in metrics:
         table.append((say("zero-shot accuracy, by class descriptions"), _percent(metrics["zero_shot_accuracy"])))
+    averaged = subject.metrics.get("test_accuracy_tta")
+    if isinstance(averaged, float):  # whatever split is shown: what diffmoe test --tta wrote beside the model file
+        table.append((say("accuracy on the test split, mean over views (test --tta)"), _percent(averaged)))
     table.append((say("expected calibration error"), _percent(metrics["ece"])))
     table.append((say("cross-entropy, nats"), f"{metrics['nll']:.4f}"))
     return Section(say("Scores"), (), "", table=table)

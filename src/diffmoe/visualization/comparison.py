@@ -14,7 +14,7 @@ from diffmoe.visualization import style
 from diffmoe.visualization.colors import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION, theme
 from diffmoe.visualization.language import say
 
-SHARES = ("test_accuracy", "i2t_r1", "t2i_r1")
+SHARES = ("test_accuracy", "test_accuracy_tta", "i2t_r1", "t2i_r1")
 """Metrics that are shares, from 0 to 1."""
 MARKERS = "osD^vP"
 Health = Sequence[Sequence[Mapping[str, float]]]
@@ -23,6 +23,12 @@ Health = Sequence[Sequence[Mapping[str, float]]]
 
 COLORS = (BLUE, VERMILLION, GREEN, ORANGE, SKY, PURPLE)
 """Of arms, in their order."""
+
+
+def metric_name(metric: str) -> str:
+    """As a reader calls it."""
+    known = {"test_accuracy": say("test accuracy"), "test_accuracy_tta": say("test accuracy, mean over views")}
+    return known.get(metric, metric)
 
 
 @style.styled()
@@ -50,7 +56,7 @@ def score_against_cost(arms: Mapping[str, Mapping[str, Any]], metric: str) -> Fi
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
         if metric in SHARES:
             axes.yaxis.set_major_formatter(style.percent_tick)
-    panels[0].set_ylabel(say("test accuracy") if metric == "test_accuracy" else metric)
+    panels[0].set_ylabel(metric_name(metric))
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     return figure
 

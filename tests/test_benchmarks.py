@@ -6,8 +6,10 @@ import copy
 import importlib
 import json
 import shlex
+import shutil
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from diffmoe import cli
 from diffmoe.config import UserError
+from diffmoe.config.settings import parse_settings
 from diffmoe.model.encoders import UnifiedModalEncoder
 from diffmoe.model.layers import Expert
 from diffmoe.model.moe import GeneralExperts
@@ -31,6 +35,7 @@ sys.path.insert(0, str(FOLDER))  # where `python benchmarks/x.py` finds its neig
     moe_layer,
     naive,
     peers,
+    recipe_results,
     recipes,
     report,
     tables,
@@ -41,7 +46,7 @@ sys.path.insert(0, str(FOLDER))  # where `python benchmarks/x.py` finds its neig
     importlib.import_module(name)
     for name in (
         *("block", "caption_baselines", "classifiers", "inference", "memory", "moe_layer", "naive", "peers"),
-        *("recipes", "report", "tables", "timing", "train_step", "vits"),
+        *("recipe_results", "recipes", "report", "tables", "timing", "train_step", "vits"),
     )
 )
 
@@ -509,15 +514,16 @@ def test_the_report_has_the_figures_of_its_runs(tmp_path: Path, capsys: pytest.C
 def test_the_results_are_those_that_are_kept() -> None:
     """`docs/results.md` says what its script makes of `benchmarks/results/`, and nothing else."""
     results = importlib.import_module("results")
-    kept = sorted(results.KEPT.glob("*.json"))
-    assert kept
-    assert results.WRITTEN.read_text(encoding="utf-8") == results.document(kept)
+    comparisons, recipes_kept = results.kept()
+    assert comparisons
+    assert results.WRITTEN.read_text(encoding="utf-8") == results.document(comparisons, recipes_kept)
+    assert (results.WRITTEN.parent / results.PICTURE).is_file()
 
 
 def test_a_comparison_is_kept_and_told_with_how_it_was_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = importlib.import_module("results")
     given = json.loads(sorted(results.KEPT.glob("*.json"))[0].read_text(encoding="utf-8"))
-    given["arms"]["moe"]["test_accuracy"] = {"mean": 0.1235, "std": 0.002, "values": []}
+    given["arms"]["moe"]["test_accuracy"] |= {"mean": 0.1235, "std": 0.002}
     (tmp_path / "comparison.json").write_text(json.dumps({**given, "page": "somewhere"}), encoding="utf-8")
     monkeypatch.setattr(results, "KEPT", tmp_path)
     monkeypatch.setattr(results, "WRITTEN", tmp_path / "results.md")
@@ -537,6 +543,95 @@ def test_a_comparison_is_kept_and_told_with_how_it_was_made(tmp_path: Path, monk
     (tmp_path / "other.json").write_text("{}", encoding="utf-8")
     with pytest.raises(UserError, match=r"other\.json is no comparison\.json: it lacks command, "):
         results.read(tmp_path / "other.json")
+
+
+@pytest.fixture(scope="module")
+def two_seeds(
+    tmp_path_factory: pytest.TempPathFactory, isolate: Callable[[Path], Any], tiny_flags: list[str]
+) -> list[Path]:
+    """The folders of two runs of digits that differ in their seeds."""
+    root = tmp_path_factory.mktemp("seeds")
+    argv = ["train_test", *tiny_flags, "--epochs", "2", "--tta", "flip", "--output_dir", str(root / "seen")]
+    with isolate(root / "cache"):
+        for seed in ("1", "0"):
+            assert cli.main([*argv, "--seed", seed, "--save_dir", str(root / seed)]) == 0
+    return [root / seed / "digits" for seed in ("1", "0")]
+
+
+def test_the_runs_of_a_recipe_are_kept_and_told_with_how_they_were_made(
+    two_seeds: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = importlib.import_module("results")
+    monkeypatch.setattr(results, "KEPT", tmp_path)
+    monkeypatch.setattr(results, "WRITTEN", tmp_path / "results.md")
+    assert results.main(["--run", "plain", *map(str, two_seeds)]) == 0
+    found = json.loads((tmp_path / "recipes" / "digits_plain.json").read_text(encoding="utf-8"))
+    seed_1, seed_0 = (json.loads((folder / "metrics.json").read_text(encoding="utf-8")) for folder in two_seeds)
+    assert found["seeds"] == [0, 1]
+    for name in ("test_accuracy", "test_accuracy_tta", "train_seconds", "images_per_second"):
+        assert found[name]["values"] == [seed_0[name], seed_1[name]]
+        assert found[name]["mean"] == pytest.approx((seed_0[name] + seed_1[name]) / 2)
+    assert found["machine"]["threads"] == torch.get_num_threads()
+    assert found["machine"]["cpu"] == seed_0["cpu"]
+    assert found["date"] == seed_1["date"]
+    assert 0 <= found["routing"]["min_load"] <= 1 <= found["routing"]["max_load"]
+    told = (tmp_path / "results.md").read_text(encoding="utf-8")
+    for shown in (found["command"], found["date"], found["machine"]["cpu"], "| digits | plain |", "mean over views"):
+        assert shown in told
+    assert told == results.document([], [found])
+    assert (tmp_path / "images" / "results.png").is_file()
+
+
+def test_the_command_of_a_recipe_repeats_its_run(two_seeds: list[Path]) -> None:
+    own = recipe_results.recipe("plain", two_seeds)
+    _, mode, *flags = shlex.split(own["command"])
+    again = parse_settings(flags, mode=mode)
+    was = parse_settings(["--config", str(two_seeds[1] / "config.yaml")], mode=mode)
+    assert (again.data, again.model, again.training) == (was.data, was.model, was.training)
+    assert (again.run.tta, again.run.precision, again.run.device) == ("flip", "32-true", "cpu")
+    assert "--lr" not in flags  # it is the set's own
+
+
+def test_what_is_no_recipe_is_one_line(two_seeds: list[Path], tmp_path: Path) -> None:
+    def refused(match: str, *folders: Path, name: str = "plain") -> None:
+        with pytest.raises(UserError, match=match):
+            recipe_results.recipe(name, folders)
+
+    refused("recipe plain has no runs")
+    refused("it must be letters", *two_seeds, name="a/b")
+    refused("each must be there once", two_seeds[0], two_seeds[0])
+    refused("is no run that was trained and tested", tmp_path)
+    other = shutil.copytree(two_seeds[1].parent, tmp_path / "other") / "digits"
+    config = (other / "config.yaml").read_text(encoding="utf-8")
+    (other / "config.yaml").write_text(config.replace("embed_dim: 16", "embed_dim: 32"), encoding="utf-8")
+    refused("not of the first run's recipe: embed_dim is 16, not 32", two_seeds[0], other)
+    (other / "config.yaml").write_text(config, encoding="utf-8")
+    metrics = json.loads((other / "metrics.json").read_text(encoding="utf-8"))
+    old = {
+        name: value for name, value in metrics.items() if name not in (*recipe_results.OF_THE_MACHINE, "date", "load")
+    }
+    (other / "metrics.json").write_text(json.dumps(old), encoding="utf-8")
+    refused("does not say on which machine it was made: if on this one, give --here", two_seeds[0], other)
+    found = recipe_results.recipe("plain", [two_seeds[0], other], here=True)
+    assert found["machine"]["threads"] == torch.get_num_threads()
+    assert found["seeds"] == [0, 1]
+
+
+def test_every_contender_has_a_name_of_its_own_and_captions_have_no_part() -> None:
+    results = importlib.import_module("results")
+    comparison = {
+        "dataset": "digits",
+        "match": "flops",
+        "arms": {"moe": {"test_accuracy": 1}, "cnn": {"test_accuracy": 2}},
+    }
+    captions = {"dataset": "shapes", "match": "flops", "arms": {"moe": {"test_accuracy": 3, "i2t_r1": 4}}}
+    recipe = {"dataset": "digits", "name": "plain", "test_accuracy": 5}
+    assert results.contenders([comparison, comparison, captions], [recipe]) == {
+        "digits": {
+            **{"plain": recipe, "moe, equal flops": {"test_accuracy": 1}, "cnn, equal flops": {"test_accuracy": 2}},
+            **{"moe, equal flops (2)": {"test_accuracy": 1}, "cnn, equal flops (2)": {"test_accuracy": 2}},
+        }
+    }
 
 
 HISTORY = """epoch,train_accuracy,val_accuracy,images_per_second,seconds

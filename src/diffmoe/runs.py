@@ -10,8 +10,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import platform
 import random
 import shlex
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -29,7 +31,7 @@ from diffmoe.data.pictures import PictureSpec
 from diffmoe.evaluation.experts import trace_experts
 from diffmoe.evaluation.history import first_experts, flutter, routing_metrics
 from diffmoe.files import check_outside_data, check_writable, write_atomically
-from diffmoe.hardware import Threads, pick_device, tuned
+from diffmoe.hardware import Threads, machine, pick_device, tuned
 from diffmoe.model.heads import Head
 from diffmoe.model.parameters import parameter_counts
 from diffmoe.storage.model_files import DataInfo, load_model_file
@@ -131,8 +133,11 @@ def train_run(settings: Settings, tell: Tell = print) -> dict[str, Any]:
         hooks = Hooks(
             validate, save, epochs.write, lambda seconds: _warn_if_slow(fabric, settings, seconds, told), told
         )
+        begun_at = progress.step
         with epochs.going_on(progress):
             fit(trainee, batches, hooks, progress)
+        if shown and (progress.step > begun_at or "date" not in files.read_metrics()):
+            files.update_metrics(_made())
         told(f"best model: {files.model}   metrics: {files.metrics}")
         return fabric.broadcast(files.read_metrics() if fabric.is_global_zero else {})
 
@@ -293,6 +298,12 @@ def _tell_of_threads(threads: Threads, fabric: Fabric, tell: Tell) -> None:
         tell(f"threads: {count}, as the run began with")
     elif threads.why and fabric.world_size == 1 and fabric.device.type == "cpu":
         tell(threads.why)
+
+
+def _made() -> dict[str, Any]:
+    """When, on what machine and with what: without these, a run's seconds say nothing."""
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    return {"date": time.strftime("%Y-%m-%d"), "threads": torch.get_num_threads(), **machine(), **versions}
 
 
 def _config_file(settings: Settings, files: RunFiles) -> str:

@@ -34,7 +34,7 @@ FAST = [
 ]
 """What a fast recipe is made of: 5 optimizer steps an epoch, 10 in all."""
 
-TIMES = ("seconds", "images_per_second", "train_seconds")
+TIMES = ("seconds", "images_per_second", "train_seconds", "date", "load")
 
 
 @pytest.fixture(scope="module")

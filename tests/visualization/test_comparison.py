@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from tests.visualization.readable import assert_apart
 
 from diffmoe.visualization import comparison
 from diffmoe.visualization.language import speaking
@@ -49,6 +51,46 @@ def test_one_seed_has_no_bar() -> None:
     assert [len(axes.containers) for axes in figure.axes] == [1, 1, 1]
 
 
+def many(count: int) -> dict[str, dict[str, Any]]:
+    """Contenders whose seconds are decades apart, or all alike."""
+    return {
+        f"contender {n}": arm([0.9 - 0.01 * n, 0.8], 1, [10.0 ** (n % 4), 12.0 ** (n % 4)], 1) for n in range(count)
+    }
+
+
+def test_every_contender_is_at_its_time_and_accuracy() -> None:
+    figure = comparison.accuracy_against_time({"digits": ARMS, "cifar10": many(1)})
+    digits, cifar10 = figure.axes
+    assert (digits.get_title("left"), cifar10.get_title("left")) == ("digits", "cifar10")
+    assert digits.get_xscale() == "log"
+    means = [container.lines[0].get_xydata()[0].tolist() for container in digits.containers]  # pyright: ignore
+    assert means == [pytest.approx([15, 0.85]), pytest.approx([6, 0.65])]
+    assert digits.lines[0].get_xydata().tolist() == [[10, 0.9], [20, 0.8]]  # pyright: ignore
+    low, high = digits.get_xlim()
+    assert low < 4 < 20 < high
+
+
+@pytest.mark.parametrize("counts", [(1,), (2, 12, 1), (3, 1, 2, 7)])
+def test_what_is_written_beside_contenders_can_be_read(counts: tuple[int, ...]) -> None:
+    figure = comparison.accuracy_against_time({f"a set called {n}": many(n) for n in counts})
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    assert len(figure.axes) == len(counts)
+    texts, looks = [], []
+    for axes, count in zip(figure.axes, counts, strict=True):
+        ticks = [tick for tick in axes.get_xticklabels() if tick.get_text()]
+        low, high = axes.get_xlim()
+        shown = [tick for tick in ticks if low <= tick.get_position()[0] <= high]
+        assert shown
+        legend = axes.get_legend()
+        assert legend is not None
+        texts += [*shown, axes.xaxis.label, axes.title, *legend.get_texts()]
+        lines = [container.lines[0] for container in axes.containers]  # pyright: ignore
+        looks = [(line.get_color(), line.get_marker()) for line in lines]
+        assert len(set(looks)) == count  # no two alike
+    assert_apart(canvas, texts)
+
+
 def test_routers_are_the_means_over_seeds_and_dense_arms_have_none() -> None:
     figure = comparison.routers_over_time(HEALTH)
     flutter, load = figure.axes
@@ -64,5 +106,9 @@ def test_routers_are_the_means_over_seeds_and_dense_arms_have_none() -> None:
 def test_they_can_be_drawn_in_both_languages() -> None:
     for language in ("en", "zh"):
         with speaking(language):
-            for figure in (comparison.score_against_cost(ARMS, "test_accuracy"), comparison.routers_over_time(HEALTH)):
+            for figure in (
+                comparison.score_against_cost(ARMS, "test_accuracy"),
+                comparison.accuracy_against_time({"digits": ARMS}),
+                comparison.routers_over_time(HEALTH),
+            ):
                 figure.canvas.draw()  # pyright: ignore

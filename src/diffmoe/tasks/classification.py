@@ -130,7 +130,8 @@ class Classification(Task):
         if tta != "none":
             averaged = averaged_accuracy(model, batches.epoch(), tta, runtime.autocast)
         by_set = _by_set(data, predictions)
-        return Tested({**named, **by_set, "test_accuracy_tta": averaged, "class_names": list(names)}, drawn)
+        views = {"test_accuracy_tta": averaged, "tta": None if averaged is None else tta}
+        return Tested({**named, **by_set, **views, "class_names": list(names)}, drawn)
 
     def report_lines(self, metrics: Mapping[str, Any], data: Dataset) -> list[str]:
         shown = {

@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from diffmoe.visualization import style
 from diffmoe.visualization.colors import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION, theme
@@ -58,6 +58,40 @@ def score_against_cost(arms: Mapping[str, Mapping[str, Any]], metric: str) -> Fi
             axes.yaxis.set_major_formatter(style.percent_tick)
     panels[0].set_ylabel(metric_name(metric))
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    return figure
+
+
+@style.styled()
+def accuracy_against_time(panels: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Figure:
+    """How to read it: higher is better, further left is faster; bars are a standard deviation over seeds, dots seeds.
+
+    `panels` has a panel for each set, of contenders by name: each as an arm of a comparison's JSON is.
+    """
+    columns = min(len(panels), 3)
+    rows = -(-len(panels) // columns)
+    most = max(map(len, panels.values()))
+    figure = Figure(figsize=(1.2 + 3.6 * columns, rows * (3.0 + style.LINE * most)), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes, (title, contenders) in zip(grid, panels.items(), strict=False):
+        for number, (name, found) in enumerate(contenders.items()):
+            score, seconds = found["test_accuracy"], found["train_seconds"]
+            line = {"color": COLORS[number % len(COLORS)], "zorder": 3}
+            marker = MARKERS[(number + number // len(COLORS)) % len(MARKERS)]  # with the colour: another one each time
+            axes.plot(seconds["values"], score["values"], linestyle="", marker=".", alpha=0.5, **line)
+            bars = {"yerr": score["std"], "xerr": seconds["std"], "capsize": 3}
+            axes.errorbar(seconds["mean"], score["mean"], fmt=marker, label=name, **bars, **line)
+        every = [value for found in contenders.values() for value in found["train_seconds"]["values"]]
+        axes.set(title=title, xlabel=say("Seconds of training"), xscale="log")
+        axes.set_xlim(min(every) / 1.6, max(every) * 1.6)  # so wide that there is a tick
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(every) < 30 * min(every) else (1,)))
+        axes.xaxis.set_major_formatter("{x:,.10g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_formatter(style.percent_tick)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=4.6)
+    for axes in grid[len(panels) :]:
+        axes.remove()
+    for axes in grid[: len(panels) : columns]:
+        axes.set_ylabel(say("test accuracy"))
     return figure
 
 

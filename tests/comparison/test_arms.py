@@ -82,7 +82,7 @@ def test_a_mistake_is_one_line(words: list[str], says: str) -> None:
 
 
 def test_at_equal_time_steps_and_augmentation_are_an_arms_own() -> None:
-    assert parse("moe", "a:epochs=3,batch_size=32,crop_padding=2", match="seconds")
+    assert parse("moe", "a:epochs=3,batch_size=32,crop_padding=2,alternate_flip=true,cutout=4", match="seconds")
     with pytest.raises(UserError, match="val_fraction"):
         parse("moe", "a:val_fraction=0.2", match="seconds")
     with pytest.raises(UserError, match="max_seconds is given with --match seconds"):

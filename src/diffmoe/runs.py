@@ -260,14 +260,16 @@ def _start_from(settings: Settings, model: Head, data: Dataset, tell: Tell) -> N
     """What a new model has before it is trained: whitened pictures, pretrained weights."""
     if settings.run.resume:
         return
-    if settings.model.patch_embed == "whitened":
+    if settings.model.patch_embed == "whitened" or settings.run.init is not None:
         first = min(WHITENING_SAMPLE, WHITENING_VALUES // data.train.images[:1].numel())
-        model.backbone.patch_embed.whiten(data.picture.normalize(data.train.images[:first]))
-    if settings.run.init is not None:
-        from diffmoe.pretrained import start_from
+        sample = data.picture.normalize(data.train.images[:first])
+        if settings.model.patch_embed == "whitened":
+            model.backbone.patch_embed.whiten(sample)
+        if settings.run.init is not None:
+            from diffmoe.pretrained import start_from
 
-        for line in start_from(model, settings.run.init):
-            tell(line)
+            for line in start_from(model, settings.run.init, data.class_names, sample):
+                tell(line)
 
 
 def _shared(settings: Settings, model: Head, data: Dataset, fabric: Fabric) -> dict[str, object]:

@@ -71,8 +71,8 @@ class RunConfig:
     preset: str | None = None
     """Model size: tiny, small, base, each also as <size>-dense; None is the dataset's own."""
     init: str | None = None
-    """Pretrained start for training: open_clip:<model>/<tag>, or open_clip:<model>/<file of weights>. CLIP's text
-    embedding and positions are copied and its feed-forward layers become experts, where the widths fit."""
+    """Start of training: a model file of this program, of other classes, sizes or without routing too; or
+    open_clip:<model>/<tag>, or open_clip:<model>/<file of weights>. What was copied is said, part by part."""
     checkpoint: str | None = None
     """Model file to test; None is <save_dir>/<dataset>_model.pth."""
     save_dir: str = "checkpoints"

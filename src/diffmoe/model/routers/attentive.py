@@ -42,6 +42,18 @@ class AttentiveRouter(Router):
         if self.noise is not None:
             nn.init.zeros_(self.noise.weight)
 
+    @torch.no_grad()
+    def start_at(self, centroids_ED: Tensor) -> None:
+        """Give each expert a direction of its own among tokens: that of its centroid (E, D) from the mean of them all.
+
+        The logits of the centroids themselves have unit variance, as fresh ones have.
+        """
+        away_ED = centroids_ED - centroids_ED.mean(0)
+        toward_ED = F.normalize(away_ED, dim=-1)
+        toward_ED = toward_ED / (away_ED @ toward_ED.T).std().clamp_min(1e-6)
+        nn.init.orthogonal_(self.keys)
+        self.query.weight.copy_(self.keys.T @ toward_ED.to(self.keys) * self.keys.shape[1] ** 0.5)
+
     def score(self, x: Tensor) -> Tensor:
         """(..., D) float32 -> logits (..., E), with noise in training where there is any."""
         # (x Wq) keys' = x (keys Wq)': the queries themselves are never needed, and E rows are fewer than theirs.

@@ -25,7 +25,7 @@ from diffmoe.model.multimodal import MultiModalMoE
 PREFIX = "open_clip:"
 FORM = (
     "it must be open_clip:<model>/<tag>, such as open_clip:ViT-B-32/laion2b_s34b_b79k, open_clip:<model>/<file>, "
-    "or a .pt or .safetensors file of CLIP's weights"
+    "a .pt or .safetensors file of CLIP's weights, or a model file of this program"
 )
 TEXT_TOWER, IMAGE_TOWER = "transformer.", "visual.transformer."
 FFN = ("ln_2.weight", "ln_2.bias", "mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight", "mlp.c_proj.bias")

@@ -40,6 +40,9 @@ class TrainingConfig:
     start_size: float = 1.0
     """Size of the pictures in the first half of training, over img_size, to the nearest whole number of patches; 1 is
     off."""
+    dense_fraction: float = 0.0
+    """Share of the steps in which each routed pool is one dense layer, whose copies its experts are: dense first, then
+    split (sparse upcycling, Komatsuzaki et al. 2022, within a run); 0 is off."""
     label_smoothing: float = 0.1
     """Probability mass spread evenly over the classes in the targets."""
     max_seconds: float = 0.0
@@ -59,7 +62,7 @@ class TrainingConfig:
         check_at_least(self, 0, "weight_decay", "clip_norm", "patience", "seed", "max_seconds")
         for name in ("lr", "muon_lr", "expert_lr_scale"):
             check(getattr(self, name) > 0, name, getattr(self, name), "over 0")
-        check_fraction(self, "warmup_fraction", "ema_decay", "label_smoothing")
+        check_fraction(self, "warmup_fraction", "ema_decay", "label_smoothing", "dense_fraction")
         check(0 < self.start_size <= 1, "start_size", self.start_size, "over 0 and at most 1")
         check(0 <= self.final_lr_fraction <= 1, "final_lr_fraction", self.final_lr_fraction, "from 0 to 1")
 

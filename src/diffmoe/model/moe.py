@@ -63,6 +63,9 @@ class GeneralExperts(nn.Module):
             embed_dim, num_experts, top_k, noise=router_noise, gate=gate, gate_scale=gate_scale
         )
         self.dispatch = LocalDispatch(backend)
+        self.is_whole = False
+        """Compute one layer for all tokens, of the experts' mean weights, as loud as they: what experts that are alike
+        give, at the cost of one. Set from outside, between steps."""
         self.gain = nn.Parameter(torch.ones(num_experts, embed_dim))
         self.shift = nn.Parameter(torch.zeros(num_experts, embed_dim))
         self.fc1_weight = nn.Parameter(torch.empty(num_experts, hidden, embed_dim))
@@ -81,9 +84,13 @@ class GeneralExperts(nn.Module):
         nn.init.normal_(self.fc1_weight, std=std)
         nn.init.normal_(self.fc2_weight, std=std)
         if isinstance(self.router, Mixer) and self.router.alike:
-            with torch.no_grad():
-                for stack in (self.fc1_weight, self.fc2_weight):
-                    stack.copy_(stack[:1].expand_as(stack).clone())
+            self.make_alike()
+
+    @torch.no_grad()
+    def make_alike(self) -> None:
+        """All experts become copies of the first."""
+        for stack in self.weights:
+            stack.copy_(stack[:1].expand_as(stack).clone())
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Routing]:
         """(..., D), and mask (...) with True or 1 at real tokens -> (..., D), and the `Routing`.
@@ -101,6 +108,8 @@ class GeneralExperts(nn.Module):
         if isinstance(self.router, Mixer):
             return self._mix(self.router, x_normed, mask)
         routing = self.router(x_normed, mask)
+        if self.is_whole:
+            return self._as_one(x_normed, routing), routing
         return self.run(x_normed.reshape(-1, self.embed_dim), routing.plan).view(x.shape), routing
 
     def run(self, x_TD: Tensor, plan: Plan) -> Tensor:
@@ -116,6 +125,12 @@ class GeneralExperts(nn.Module):
         dtype = weights.gain.dtype
         plan = plan._replace(gates=plan.gates.to(dtype))
         return self.dispatch(x_TD.to(dtype), plan, weights, self.activation, self.dropout if self.training else 0.0)
+
+    def _as_one(self, x_normed: Tensor, routing: Routing) -> Tensor:
+        mean = ExpertWeights(*(stack.mean(0) for stack in self._weights_as(x_normed)))
+        x_1TD = x_normed.reshape(1, -1, self.embed_dim).to(mean.gain.dtype)
+        y_1TD = all_experts(x_1TD, mean, self.activation, self.dropout if self.training else 0.0)
+        return y_1TD.view(x_normed.shape) * routing.gates.sum(-1, keepdim=True).to(y_1TD.dtype)
 
     def _mix(self, router: Mixer, x_normed: Tensor, mask: Tensor | None) -> tuple[Tensor, Routing]:
         shape = x_normed.shape if x_normed.dim() > 1 else (1, *x_normed.shape)  # a token alone is a sequence of one

@@ -140,6 +140,7 @@ def fit(trainee: Trainee, train: PictureBatches[Any], hooks: Hooks, progress: Pr
                     if (done := _steps_worth(trainee, progress, total_steps)) >= total_steps:
                         break
                     rates.append(learning_rate(done, total_steps, config))
+                    trainee.make_whole(done < config.dense_fraction * total_steps)
                     size = picture_size(done, total_steps, config, trainee.model.config)
                     try:
                         sums = trainee.step([resized(batch, size) for batch in window], rates[-1])

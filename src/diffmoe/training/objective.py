@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from diffmoe.config import TrainingConfig
 from diffmoe.model.heads import Classifier, Head
+from diffmoe.model.moe import GeneralExperts
 from diffmoe.training.averages import Averages
 from diffmoe.training.optimizer import make_optimizer
 from diffmoe.training.parallel import total
@@ -88,6 +89,9 @@ class Trainee:
         self, fabric: Fabric, model: Head, config: TrainingConfig, super_classes: Tensor | None = None
     ) -> None:
         self.fabric, self.model, self.config = fabric, model, config
+        if config.dense_fraction > 0:
+            for pool in _pools(model):
+                pool.make_alike()
         objective = Objective(model, config.label_smoothing, super_classes)
         compiled = cast(nn.Module, torch.compile(objective)) if config.compile else objective
         self.objective, self.optimizer = fabric.setup(compiled, make_optimizer(model, config))
@@ -99,6 +103,17 @@ class Trainee:
     def evaluated(self) -> Head:
         """The model that is validated and kept: with averaged weights, where there are any."""
         return self.model if self.averages is None else self.averages.model
+
+    def make_whole(self, whole: bool) -> None:
+        """Let each pool compute one layer for all tokens, or each token's experts: dense first, then split.
+
+        While it is whole, its experts get equal gradients and stay copies of each other: AdamW and Muon, which look at
+        no gradient's size, move them as they would move that one layer. So nothing is changed at the split, and the
+        router makes them differ from there on.
+        """
+        for model in dict.fromkeys((self.model, self.evaluated)):
+            for pool in _pools(model):
+                pool.is_whole = whole
 
     def step(self, window: Sequence[Sequence[Tensor]], rate: float) -> Sums:
         """One optimizer step on a window of batches, as on one batch of them all, ragged or not.
@@ -144,6 +159,10 @@ class Trainee:
         for name, router in self.routers.items():
             if name in loads:
                 router.update_balance_bias(total(self.fabric, loads[name]), self.model.config.balance_bias_rate)
+
+
+def _pools(model: Head) -> list[GeneralExperts]:
+    return [module for module in model.modules() if isinstance(module, GeneralExperts)]
 
 
 def _add(sums: Sums, step: Step, pictures: int, targets: Tensor) -> None:

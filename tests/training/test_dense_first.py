@@ -65,7 +65,7 @@ def test_whole_it_computes_what_experts_that_are_alike_do(router: str, top_k: in
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_experts_are_copies_until_the_split_and_differ_after_it(optimizer: str) -> None:
+def test_experts_are_copies_until_the_split_and_differ_after_it(optimizer: Any) -> None:
     torch.manual_seed(0)
     model = ImageClassifier(CONFIG)
     assert not are_alike(model)

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 from matplotlib.figure import Figure
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from diffmoe.config import ModelConfig, UserError, dataset_name
@@ -33,6 +34,7 @@ from diffmoe.evaluation.history import first_experts, flutter, routing_metrics
 from diffmoe.files import check_outside_data, check_writable, write_atomically
 from diffmoe.hardware import Threads, machine, pick_device, tuned
 from diffmoe.model.heads import Head
+from diffmoe.model.moe import GeneralExperts
 from diffmoe.model.parameters import parameter_counts
 from diffmoe.storage.model_files import DataInfo, load_model_file
 from diffmoe.storage.run_files import RunFiles
@@ -52,6 +54,8 @@ Tell = Callable[[str], object]
 HOUR = 3600
 WHITENING_SAMPLE, WHITENING_VALUES = 5000, 2**25
 """Training pictures that a stem is whitened by, and how many values they may have in all: fewer of large ones."""
+ROUTED_SAMPLE, ROUTED_VALUES = 256, 2**22
+"""The same of those whose tokens routers start at, where experts are made of a dense model."""
 ELSEWHERE = ("data_dir", "num_workers", "max_memory_gb")
 """Settings that a resumed run may have others of: they say where the data is and how it is read."""
 
@@ -257,19 +261,31 @@ def _settings(mode: str, flags: Mapping[str, object]) -> Settings:
 
 
 def _start_from(settings: Settings, model: Head, data: Dataset, tell: Tell) -> None:
-    """What a new model has before it is trained: whitened pictures, pretrained weights."""
+    """What a new model has before it is trained: whitened pictures, pretrained weights, experts alike."""
     if settings.run.resume:
         return
-    if settings.model.patch_embed == "whitened" or settings.run.init is not None:
-        first = min(WHITENING_SAMPLE, WHITENING_VALUES // data.train.images[:1].numel())
-        sample = data.picture.normalize(data.train.images[:first])
-        if settings.model.patch_embed == "whitened":
-            model.backbone.patch_embed.whiten(sample)
-        if settings.run.init is not None:
-            from diffmoe.pretrained import start_from
+    pools = [module for module in model.modules() if isinstance(module, GeneralExperts)]
+    if settings.training.dense_fraction > 0:
+        for pool in pools:
+            pool.make_alike()
+    if settings.model.patch_embed == "whitened":
+        model.backbone.patch_embed.whiten(_first_pictures(data, WHITENING_SAMPLE, WHITENING_VALUES))
+    if settings.run.init is not None:
+        from diffmoe.pretrained import start_from
 
-            for line in start_from(model, settings.run.init, data.class_names, sample):
-                tell(line)
+        for line in start_from(model, settings.run.init, _first_pictures(data, ROUTED_SAMPLE, ROUTED_VALUES)):
+            tell(line)
+    if settings.training.dense_fraction > 0 and not all(pool.is_alike for pool in pools):
+        raise UserError(
+            f"dense_fraction is {settings.training.dense_fraction}: it must be 0 with --init {settings.run.init}, of "
+            "which come experts that are unlike: their mean is none of them"
+        )
+
+
+def _first_pictures(data: Dataset, most: int, most_values: int) -> Tensor:
+    """Of training, normalised, one at least."""
+    first = min(most, max(1, most_values // data.train.images[:1].numel()))
+    return data.picture.normalize(data.train.images[:first])
 
 
 def _shared(settings: Settings, model: Head, data: Dataset, fabric: Fabric) -> dict[str, object]:

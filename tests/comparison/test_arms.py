@@ -94,3 +94,11 @@ def test_what_would_stop_arms_unalike_is_refused() -> None:
         parse("moe", "dense", argv=(*BASE, "--patience", "2"))
     with pytest.raises(UserError, match="arm dense: the settings are of a dense model already"):
         parse("moe", "dense", argv=("--preset", "tiny-dense"))
+
+
+def test_how_pools_are_trained_is_no_difference_from_a_dense_arm() -> None:
+    arms = parse("first:dense_fraction=0.3", "dense", "moe")
+    assert "dense_fraction" not in arms["dense"].differs_from(arms["first"])
+    assert arms["first"].differs_from(arms["moe"]) == {"dense_fraction": (0.3, 0.0)}
+    with pytest.raises(UserError, match="are the same"):
+        parse("dense", "other:dense=true,dense_fraction=0.3", "again:dense=true")

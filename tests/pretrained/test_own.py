@@ -1,9 +1,8 @@
-"""A start from one's own model takes what fits and says what not; a dense layer becomes experts that compute it."""
+"""A start from a model of our own: what fits is copied, and a dense FFN cut into experts computes what it did."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,170 +10,265 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.model.pools import WIDTH, randn, randomize
 from tests.small import SMALL
 from torch import Tensor
 
 from diffmoe.config import ModelConfig, UserError
 from diffmoe.model.captioner import Captioner
-from diffmoe.model.heads import Head, ImageClassifier
+from diffmoe.model.heads import Classifier, Head, ImageClassifier
 from diffmoe.model.layers import Expert
 from diffmoe.model.moe import GeneralExperts
-from diffmoe.model.routers.attentive import AttentiveRouter
+from diffmoe.model.routers import AttentiveRouter
 from diffmoe.pretrained import start_from
-from diffmoe.pretrained.own import EXPERT, upcycled
+from diffmoe.pretrained.own import clusters, gates_sum, upcycle
 from diffmoe.storage.model_files import DataInfo, save_model
 
-NAMES = ("cat", "cow", "dog")
-DENSE = replace(SMALL, dense=True, num_modality_specific_experts=1)
+MOE = replace(SMALL, num_general_experts=4, top_k=2, classify_with="descriptions")
+DENSE = replace(MOE, dense=True)
+TOKENS = torch.arange(24).view(3, 2, 4)
 
 
-def saved(model: Head, path: Path, names: tuple[str, ...] = NAMES) -> str:
-    """The model, none of whose weights is at its default, in a file."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-    channels = model.config.in_channels
-    save_model(path, model, DataInfo("farm", names, (0.5,) * channels, (0.2,) * channels, 0.1, 0.2, 0))
+def classifier(config: ModelConfig) -> ImageClassifier:
+    return ImageClassifier(config, TOKENS[: config.num_classes])
+
+
+def save(model: Head, path: Path, classes: int = 3) -> str:
+    names = tuple("abcdefgh"[:classes]) if isinstance(model, Classifier) else ()
+    mean_std = (0.5,) * model.config.in_channels
+    save_model(path, model, DataInfo("some", names, mean_std, mean_std, 0.1, 0.1, 0))
     return str(path)
 
 
-def pictures(config: ModelConfig, count: int = 6) -> Tensor:
-    return torch.randn(count, config.in_channels, config.img_size, config.img_size)
+def trained(config: ModelConfig) -> ImageClassifier:
+    """In float32, with nothing at its default: each weight is a sample of its own."""
+    return randomize(classifier(config)).float().eval()
 
 
-def ffn(units: int, width: int = 16) -> tuple[Expert, dict[str, Tensor]]:
-    """A dense layer in float64, nothing in it at a default, and its parameters by name."""
-    expert = Expert(width, units / width).double()
-    for parameter in expert.parameters():
-        torch.nn.init.normal_(parameter)
-    return expert, {name: dict(expert.named_parameters())[name].detach() for name in EXPERT}
+def pictures(count: int = 5, size: int = 8, channels: int = 1) -> Tensor:
+    return randn(count, channels, size, size, seed=7).float()
 
 
-def pool_of(ffn_of: dict[str, Tensor], scale: float = 1.0, **options: Any) -> GeneralExperts:
-    pool = GeneralExperts(16, dropout=0.0, **options).double().eval()
-    with torch.no_grad():
-        for name, value in upcycled(ffn_of, scale, pool).items():
-            getattr(pool, name).copy_(value)
-    return pool
+def pool_and_ffn(
+    hidden: int, experts: int, units: int, top_k: int = 2, **options: Any
+) -> tuple[GeneralExperts, Expert]:
+    pool = randomize(GeneralExperts(WIDTH, experts, top_k, units / WIDTH, **options)).eval()
+    return pool, randomize(Expert(WIDTH, hidden / WIDTH)).eval()
 
 
-class TestUpcycling:
-    @pytest.mark.parametrize("router", ["attentive", "picture", "merged"])
-    @pytest.mark.parametrize(("units", "gate_scale", "scale"), [(32, 1.0, 1.0), (32, 2.0, 0.7), (20, 2.0, 1.0)])
-    def test_copies_compute_what_the_layer_does(self, router: str, units: int, gate_scale: float, scale: float) -> None:
-        dense, weights = ffn(units)
-        pool = pool_of(weights, scale, num_experts=4, top_k=3, expansion_factor=2, router=router, gate_scale=gate_scale)
-        x = torch.randn(5, 7, 16, dtype=torch.float64)
-        torch.testing.assert_close(pool(x)[0], scale * dense(x), rtol=0, atol=1e-10)
+class TestUpcycledPool:
+    @pytest.mark.parametrize(
+        ("hidden", "experts", "units", "top_k"),
+        [
+            (12, 4, 12, 2),  # copies
+            (12, 3, 12, 3),
+            (24, 4, 12, 2),  # slices: what a dense model has by default
+            (24, 8, 12, 4),  # two of each
+            (36, 3, 12, 3),  # one group
+            (20, 4, 12, 2),  # units divided into two
+            (5, 4, 12, 2),
+        ],
+    )
+    @pytest.mark.parametrize("gate_scale", [1.0, 2.5])
+    def test_computes_what_the_ffn_did(
+        self, hidden: int, experts: int, units: int, top_k: int, gate_scale: float
+    ) -> None:
+        pool, ffn = pool_and_ffn(hidden, experts, units, top_k, gate_scale=gate_scale)
+        how = upcycle(pool, ffn, scale=0.7)
+        assert how.slices * units >= hidden
+        x = randn(40, 5, WIDTH, seed=3)
+        y, routing = pool(x)
+        assert len(routing.expert_ids.unique()) > 1
+        torch.testing.assert_close(y, 0.7 * ffn(x), rtol=1e-12, atol=1e-12)
 
-    @pytest.mark.parametrize("units", [64, 58])
-    def test_slices_add_up_to_it(self, units: int) -> None:
-        """Where a token's experts are all of them, with equal gates: 58 units are 64, six of which give nothing."""
-        dense, weights = ffn(units)
-        pool = pool_of(weights, 0.7, num_experts=2, top_k=2, expansion_factor=2, router="hash", gate_scale=2.0)
-        x = torch.randn(5, 7, 16, dtype=torch.float64)
-        torch.testing.assert_close(pool(x)[0], 0.7 * dense(x), rtol=0, atol=1e-10)
+    def test_for_one_expert_a_token_times_its_probability(self) -> None:
+        pool, ffn = pool_and_ffn(12, 4, 12, top_k=1)
+        upcycle(pool, ffn)
+        x = randn(40, WIDTH, seed=3)
+        y, routing = pool(x)
+        torch.testing.assert_close(y, routing.gates / gates_sum(pool) * ffn(x), rtol=1e-12, atol=1e-12)
+        assert 0.25 < gates_sum(pool) < 1
+
+    @pytest.mark.parametrize("router", ["hash", "merged"])
+    def test_copies_do_with_every_router_whose_gates_add_up(self, router: str) -> None:
+        pool, ffn = pool_and_ffn(12, 4, 12, top_k=1, router=router, gate_scale=1.5)
+        upcycle(pool, ffn)
+        x = randn(6, 5, WIDTH, seed=3)
+        torch.testing.assert_close(pool(x)[0], ffn(x), rtol=1e-12, atol=1e-12)
+
+    def test_merged_experts_are_copies_of_the_strongest_units(self) -> None:
+        pool, ffn = pool_and_ffn(24, 4, 12, router="merged")
+        assert upcycle(pool, ffn).slices == 1
+        assert torch.equal(pool.fc1_weight[0], pool.fc1_weight[3])
+
+    def test_with_equal_gates_the_slices_add_up_whoever_chooses(self) -> None:
+        pool, ffn = pool_and_ffn(24, 5, 8, top_k=3, gate_scale=3.0)
+        assert upcycle(pool, ffn).slices == 3
+        x_normed = F.layer_norm(x := randn(9, WIDTH), (WIDTH,))
+        plan = pool.router(x_normed).plan
+        for ids in ([0, 1, 2], [3, 4, 2]):
+            chosen = plan._replace(
+                expert_ids=torch.tensor(ids).expand(9, 3),
+                gates=torch.ones(9, 3).double(),
+                tokens_per_expert=torch.bincount(torch.tensor(ids).repeat(9), minlength=5),
+            )
+            torch.testing.assert_close(pool.run(x_normed, chosen), ffn(x), rtol=1e-12, atol=1e-12)
 
     def test_the_weakest_units_are_left_out(self) -> None:
-        dense, weights = ffn(66)
-        for unit in (3, 40):
-            weights["fc2.weight"][:, unit] = 0
-        pool = pool_of(weights, num_experts=2, top_k=2, expansion_factor=2, router="hash", gate_scale=2.0)
-        x = torch.randn(5, 7, 16, dtype=torch.float64)
-        torch.testing.assert_close(pool(x)[0], dense(x), rtol=0, atol=1e-10)
+        pool, ffn = pool_and_ffn(26, 4, 12)
+        with torch.no_grad():
+            ffn.fc2.weight[:, [3, 17]] *= 1e-12
+        assert str(upcycle(pool, ffn)).startswith("a dense FFN of 26 units, the 24 strongest kept, cut into 2 slices")
+        x = randn(40, WIDTH, seed=3)
+        torch.testing.assert_close(pool(x)[0], ffn(x), rtol=1e-9, atol=1e-9)
 
 
-class TestClusters:
-    def test_a_router_sends_each_cluster_to_its_own_expert(self) -> None:
-        router = AttentiveRouter(16, 5, 1)
-        centroids = torch.linalg.qr(torch.randn(16, 5)).Q.T
+class TestStartAt:
+    @pytest.mark.parametrize("experts", [2, 5, 9])
+    def test_the_nearest_centroid_has_the_largest_logit(self, experts: int) -> None:
+        router = AttentiveRouter(16, experts, 1).double()
+        centroids = F.layer_norm(randn(experts, 16), (16,))
         router.start_at(centroids)
-        tokens = centroids.repeat_interleave(20, 0) + 0.02 * torch.randn(100, 16)
-        assert torch.equal(router(tokens).expert_ids[:, 0], torch.arange(5).repeat_interleave(20))
-        assert float(router.score(centroids).detach().std()) == pytest.approx(1, abs=1e-4)
+        x = F.layer_norm(randn(200, 16, seed=1), (16,))
+        logits = router.score(x)
+        assert torch.equal(logits.argmax(-1), torch.cdist(x, centroids).argmin(-1))
+        torch.testing.assert_close(logits.mean(-1), torch.zeros(200).double(), atol=1e-12, rtol=0)
+        torch.testing.assert_close(router.score(centroids).std(), torch.tensor(1.0).double())
+        torch.testing.assert_close(router.keys @ router.keys.T, torch.eye(experts).double())
 
-    def test_the_image_towers_routers_do(self, tmp_path: Path) -> None:
-        source, model = saved(ImageClassifier(DENSE), tmp_path / "dense.pth"), ImageClassifier(SMALL)
-        before = {name: value.clone() for name, value in model.state_dict().items()}
-        lines = start_from(model, source, NAMES, pictures(SMALL, 20))
-        assert "1 routers start from the clusters of their tokens" in lines
-        changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-        routers = {name for name in changed if ".router." in name}
-        assert routers == {
-            f"backbone.image_encoder.blocks.0.general_experts.router.{x}" for x in ("keys", "query.weight")
-        }
+    def test_centroids_are_where_the_tokens_are(self) -> None:
+        means = 10 * randn(3, 6)
+        tokens = (means[:, None] + 0.01 * randn(3, 50, 6, seed=1)).flatten(0, 1)
+        found = clusters(tokens, 3)
+        assert found is not None
+        assert torch.equal(torch.cdist(means, found).argmin(1).sort().values, torch.arange(3))
+        torch.testing.assert_close(found[torch.cdist(means, found).argmin(1)], means, atol=0.02, rtol=0)
+        again = clusters(tokens, 3)
+        assert again is not None
+        assert torch.equal(found, again)
 
-
-class TestStart:
-    def test_the_same_model_is_taken_whole(self, tmp_path: Path) -> None:
-        first = ImageClassifier(SMALL)
-        source, model = saved(first, tmp_path / "a.pth"), ImageClassifier(SMALL)
-        lines = start_from(model, source, NAMES)
-        assert all(line.endswith(": copied") for line in lines)
-        x = pictures(SMALL)
-        assert torch.equal(model.eval().classify(x).logits, first.eval().classify(x).logits)
-
-    def test_a_dense_model_becomes_a_routed_one(self, tmp_path: Path) -> None:
-        """Of K = 2 slices a token may have one twice: with as wide experts as the layer it is the same model."""
-        dense = ImageClassifier(replace(DENSE, num_modality_specific_experts=2, dense_units=32, dense_scale=0.6))
-        source, model = saved(dense, tmp_path / "dense.pth"), ImageClassifier(replace(SMALL, gate_scale=2.0))
-        lines = start_from(model, source, NAMES)
-        assert lines[-1] == "2 dense layers became the experts of as many pools"
-        x = pictures(SMALL)
-        expected = dense.double().eval().classify(x.double()).logits
-        torch.testing.assert_close(model.double().eval().classify(x.double()).logits, expected, rtol=0, atol=1e-6)
-
-    def test_other_classes_keep_a_head_of_their_own(self, tmp_path: Path) -> None:
-        source, model = saved(ImageClassifier(SMALL), tmp_path / "a.pth"), ImageClassifier(SMALL)
-        head = model.head.weight.clone()
-        assert "head: skipped, it is of other sizes, classes or words" in start_from(model, source, ("a", "b", "c"))
-        assert torch.equal(model.head.weight, head)
-
-    def test_positions_of_another_picture_size_are_interpolated(self, tmp_path: Path) -> None:
-        first = ImageClassifier(SMALL)
-        source = saved(first, tmp_path / "a.pth")
-        model = ImageClassifier(replace(SMALL, img_size=16))
-        assert "image_position: copied" in start_from(model, source, NAMES)
-        grid = model.backbone.image_position.unflatten(1, (4, 4)).movedim(-1, 1)
-        back = F.interpolate(grid, (2, 2), mode="bicubic", align_corners=False).flatten(2).mT
-        assert torch.cosine_similarity(back.flatten(), first.backbone.image_position.flatten(), dim=0) > 0.9
-
-    def test_a_captioner_from_a_classifier_and_back(self, tmp_path: Path) -> None:
-        classifier, captioner = ImageClassifier(SMALL), Captioner(SMALL)
-        lines = start_from(captioner, saved(classifier, tmp_path / "a.pth"))
-        assert {"image_encoder: copied", "text_encoder: copied", "fusion: skipped, the file has none"} <= set(lines)
-        lines = start_from(classifier, saved(captioner, tmp_path / "b.pth", ()), NAMES)
-        assert {"image_encoder: copied", "head: skipped, the file has none"} <= set(lines)
-
-    def test_mistakes_are_one_line(self, tmp_path: Path) -> None:
-        source = saved(ImageClassifier(SMALL), tmp_path / "a.pth")
-        model = ImageClassifier(replace(SMALL, activation="relu"))
-        with pytest.raises(UserError, match=r"its activation is 'gelu', this model's 'relu': give --activation gelu$"):
-            start_from(model, source)
-        other = replace(SMALL, embed_dim=32, patch_size=2, text_embed_dim=12, vocab_size=31)
-        wide = ImageClassifier(other)
-        before = {name: value.clone() for name, value in wide.state_dict().items()}
-        with pytest.raises(UserError, match="nothing of it fits this model: it has embed_dim 16") as caught:
-            start_from(wide, source)
-        assert "\n" not in str(caught.value)
-        assert all(torch.equal(value, before[name]) for name, value in wide.state_dict().items())
-        whole = Path(source).read_bytes()
-        Path(source).write_bytes(whole[: len(whole) // 2])
-        with pytest.raises(UserError, match="it cannot be read, is damaged"):
-            start_from(model, source)
+    def test_fewer_different_tokens_than_clusters_are_not_clustered(self) -> None:
+        assert clusters(randn(2, 6), 3) is None
+        assert clusters(torch.ones(9, 6), 3) is None
 
 
-def test_a_dense_run_goes_on_with_experts(tmp_path: Path, cli: Callable[..., Any]) -> None:
-    """From one epoch of dense training: the upcycled model's first epoch is better than one from nothing."""
-    flags = ["train", "--dataset", "digits", "--embed_dim", "32", "--epochs", "1", "--device", "cpu"]
-    dense = cli(*flags, "--preset", "tiny-dense", "--save_dir", str(tmp_path / "dense"))
-    assert dense.code == 0, dense.err
-    accuracy = {}
-    for name, more in (("new", ()), ("split", ("--init", str(tmp_path / "dense" / "digits_model.pth")))):
-        done = cli(*flags, "--preset", "tiny", "--save_dir", str(tmp_path / name), *more)
-        assert done.code == 0, done.err
-        accuracy[name] = json.loads((tmp_path / name / "digits" / "metrics.json").read_text())["val_accuracy"]
-    assert accuracy["split"] > accuracy["new"] + 0.02
-    refused = cli(*flags, "--preset", "tiny", "--save_dir", str(tmp_path / "x"), "--init", str(tmp_path / "none.pth"))
-    assert refused.code == 2
-    assert "there is no such file" in refused.err
+class TestModels:
+    @pytest.mark.parametrize("with_pictures", [False, True])
+    def test_a_routed_model_starts_as_the_dense_one(self, tmp_path: Path, with_pictures: bool) -> None:
+        dense, model = trained(DENSE), classifier(MOE)
+        lines = start_from(model, save(dense, tmp_path / "dense.pth"), pictures(64) if with_pictures else None)
+        assert "patch_embed: copied, all of it" in lines
+        ffn = "a dense FFN of 64 units cut into 2 slices for 4 experts of 32"
+        assert f"image_encoder: copied, {ffn}" in lines
+        assert ("routers: 3 of 3 start at clusters of tokens, of 64 pictures" in lines) is with_pictures
+        x = pictures()
+        with torch.no_grad():
+            expected, found = dense.double().classify(x.double()), model.eval().double().classify(x.double())
+        # The groups' logits are equal up to float32, in which the routers were made.
+        torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-4 if with_pictures else 1e-10)
+
+    def test_the_same_model_is_copied_whole(self, tmp_path: Path) -> None:
+        source, model = trained(MOE), classifier(MOE)
+        lines = start_from(model, save(source, tmp_path / "m.pth"))
+        assert {line.split(": ", 1)[1] for line in lines} == {"copied, all of it"}
+        for name, value in source.state_dict().items():
+            assert torch.equal(model.state_dict()[name], value), name
+
+    def test_a_head_of_other_classes_keeps_its_start_and_so_do_their_descriptions(self, tmp_path: Path) -> None:
+        model = ImageClassifier(replace(MOE, num_classes=2), TOKENS[1:])
+        before = model.head.weight.clone()
+        lines = start_from(model, save(trained(MOE), tmp_path / "m.pth"))
+        assert "head: skipped, weight is 2 x 16 here and 3 x 16 in the file" in lines
+        assert torch.equal(model.head.weight, before)
+        assert model.class_tokens is not None
+        assert torch.equal(model.class_tokens, TOKENS[1:])
+
+    def test_positions_of_another_grid_are_interpolated(self, tmp_path: Path) -> None:
+        source, model = trained(MOE), classifier(replace(MOE, img_size=16, max_text_len=12))
+        lines = start_from(model, save(source, tmp_path / "m.pth"))
+        assert "image_position: copied, 4 positions interpolated to 16" in lines
+        assert "text_position: copied, 8 of 12 rows" in lines
+        # What it does itself for pictures of another size.
+        expected = source.backbone._image_position(pictures(1, 16))
+        assert torch.equal(model.backbone.image_position, expected)
+
+    def test_a_captioner_takes_a_classifiers_towers_and_the_other_way_around(self, tmp_path: Path) -> None:
+        captioner = Captioner(MOE, torch.arange(5))
+        lines = start_from(captioner, save(trained(replace(MOE, classify_with="image")), tmp_path / "c.pth"))
+        assert "image_encoder: copied, all of it" in lines
+        assert "fusion: skipped, the file has none" in lines
+        assert "output_projection: skipped, the file has none" in lines
+        model = classifier(MOE)
+        lines = start_from(model, save(captioner, tmp_path / "w.pth"))
+        assert "fusion: copied, all of it" in lines
+        assert "head: skipped, the file has none" in lines
+
+    def test_the_bias_of_other_words_is_not_copied(self, tmp_path: Path) -> None:
+        source, model = randomize(Captioner(MOE, torch.arange(5))).float(), Captioner(MOE, torch.arange(1, 6))
+        lines = start_from(model, save(source, tmp_path / "w.pth"))
+        assert "output_bias: skipped, the words that can be written are others" in lines
+        assert not model.output_bias.any()
+        assert torch.equal(model.output_tokens, torch.arange(1, 6))
+
+    def test_an_ffn_of_another_width_is_not_cut(self, tmp_path: Path) -> None:
+        model = classifier(replace(MOE, embed_dim=32))
+        lines = start_from(model, save(trained(DENSE), tmp_path / "m.pth"))
+        assert any(line.startswith("image_encoder: skipped, blocks.0.") for line in lines)
+        assert "log_scale: copied, all of it" in lines
+
+
+class TestMistakes:
+    def test_are_one_line(self, tmp_path: Path) -> None:
+        whole = Path(save(trained(MOE), tmp_path / "whole.pth")).read_bytes()
+        (tmp_path / "half.pth").write_bytes(whole[: len(whole) // 2])
+        damaged = bytearray(whole)
+        damaged[whole.index(trained(MOE).backbone.image_position.detach().numpy().tobytes()) + 3] ^= 255
+        (tmp_path / "damaged.pth").write_bytes(damaged)
+        torch.save({"format": "diffmoe-run-2"}, tmp_path / "last.ckpt")
+        for name in ("half.pth", "damaged.pth", "last.ckpt", "missing.pth"):
+            model = classifier(MOE)
+            before = {name: value.clone() for name, value in model.state_dict().items()}
+            with pytest.raises(UserError) as caught:
+                start_from(model, str(tmp_path / name))
+            assert str(tmp_path / name) in str(caught.value)
+            assert "\n" not in str(caught.value)
+            assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+    @pytest.mark.parametrize(("name", "other"), [("activation", "relu"), ("num_heads", 1)])
+    def test_what_would_compute_something_else_is_one_line(self, tmp_path: Path, name: str, other: Any) -> None:
+        source = save(trained(MOE), tmp_path / "m.pth")
+        with pytest.raises(UserError, match=rf"its {name} is .*: give --{name} {getattr(MOE, name)}$"):
+            start_from(classifier(replace(MOE, **{name: other})), source)
+
+    def test_a_baseline_has_nothing_of_clips(self, tmp_path: Path) -> None:
+        from diffmoe.baselines import Baseline
+
+        model = Baseline(ModelConfig(architecture="cnn", patch_embed="conv", embed_dim=32))
+        with pytest.raises(UserError, match="architecture 'cnn' has no part that is CLIP's"):
+            start_from(model, "open_clip:ViT-B-32/openai")
+        with pytest.raises(UserError, match="nothing of it fits this model"):
+            start_from(model, save(trained(MOE), tmp_path / "m.pth"))
+
+
+def best_validation(out: str) -> float:
+    return max(float(share) for share in re.findall(r"validation (\S+)%", out))
+
+
+class TestCommandLine:
+    def test_a_dense_model_of_digits_goes_on_as_experts(self, cli: Any, tiny_flags: list[str], tmp_path: Path) -> None:
+        flags = [*tiny_flags, "--dense", "true", "--lr", "0.01", "--epochs", 14, "--save_dir", tmp_path / "dense"]
+        dense = cli("train", *flags)
+        assert dense.code == 0
+        file = tmp_path / "dense" / "digits_model.pth"
+        # At next to no learning rate: what is validated is the start, but for BatchNorm's statistics.
+        moe = cli("train", *tiny_flags, "--lr", "1e-12", "--epochs", 1, "--save_dir", tmp_path / "moe", "--init", file)
+        assert moe.code == 0
+        assert "image_encoder: copied, a dense FFN of 32 units cut into 2 slices for 8 experts of 16" in moe.out
+        assert "routers: 2 of 2 start at clusters of tokens, of 256 pictures" in moe.out
+        assert best_validation(dense.out) > 50
+        assert best_validation(moe.out) == pytest.approx(best_validation(dense.out), abs=4)
+
+    def test_a_file_that_is_not_there_is_one_line(self, cli: Any, tiny_flags: list[str], tmp_path: Path) -> None:
+        done = cli("train", *tiny_flags, "--save_dir", tmp_path, "--init", tmp_path / "missing.pth")
+        assert done.code == 2
+        assert done.err.count("\n") == 1

@@ -1,131 +1,79 @@
-"""Dense first, then split: a pool is one layer until then, its experts copies of it; a stopped run goes on alike."""
+"""Dense first, then split: pools are whole for a share of training, and their experts copies of one until then."""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning_fabric import Fabric
-from tests.small import SMALL
-from tests.training.signals import send_at
-from torch import Tensor
 
 from diffmoe.config import TrainingConfig
 from diffmoe.model.heads import ImageClassifier
 from diffmoe.model.moe import GeneralExperts
 from diffmoe.storage.model_files import load_model
+from diffmoe.training.loop import is_whole
 from diffmoe.training.objective import Trainee
 
-CONFIG = dataclasses.replace(SMALL, num_general_experts=4)
+
+@pytest.mark.parametrize(("fraction", "steps"), [(0.0, 0), (0.3, 3), (0.35, 4), (0.99, 10), (0.01, 1)])
+def test_a_step_is_whole_before_the_share_is_over(fraction: float, steps: int) -> None:
+    config = TrainingConfig(dense_fraction=fraction)
+    assert [is_whole(step, 10, config) for step in range(11)] == [step < steps for step in range(11)]
 
 
-def pool(**options: Any) -> GeneralExperts:
-    made = GeneralExperts(16, 4, **{"top_k": 2, "expansion_factor": 2, **options}).double()
-    for parameter in made.parameters():
-        torch.nn.init.normal_(parameter)
-    return made
+def experts_of(model: torch.nn.Module) -> list[GeneralExperts]:
+    return [module for module in model.modules() if isinstance(module, GeneralExperts)]
 
 
-def experts_of(model: ImageClassifier) -> list[Tensor]:
-    """The image tower's: without descriptions of classes nothing else learns."""
-    pools = [module for module in model.backbone.image_encoder.modules() if isinstance(module, GeneralExperts)]
-    return [stack for one in pools for stack in one.weights]
+@pytest.mark.parametrize(
+    "more", [[], ["--ema_decay", "0.9", "--optimizer", "muon"]], ids=["adamw", "muon and averages"]
+)
+def test_a_run_splits_at_its_step_and_experts_part_after_it(
+    cli: Any, tiny_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str]
+) -> None:
+    seen: list[tuple[bool, bool]] = []
+    step = Trainee.step
+
+    def look(self: Trainee, *given: Any) -> Any:
+        sums = step(self, *given)
+        assert len({pool.whole for pool in self.pools}) == 1
+        seen.append((self.pools[0].whole, experts_of(self.evaluated)[0].is_alike))
+        return sums
+
+    monkeypatch.setattr(Trainee, "step", look)
+    flags = [*tiny_flags, "--epochs", 2, "--dense_fraction", 0.3, "--batch_size", 64, "--save_dir", tmp_path, *more]
+    assert cli("train", *flags).code == 0
+    assert seen == [(True, True)] * 3 + [(False, False)] * 7
 
 
-def are_alike(model: ImageClassifier) -> bool:
-    return all(torch.equal(stack, stack[:1].expand_as(stack)) for stack in experts_of(model))
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_a_model_of_whole_pools_predicts_the_same_when_it_is_loaded(
+    cli: Any, tiny_flags: list[str], tmp_path: Path, top_k: int
+) -> None:
+    flags = [*tiny_flags, "--epochs", 1, "--dense_fraction", 0.999, "--top_k", top_k, "--save_dir", tmp_path]
+    assert cli("train", *flags).code == 0
+    model, images, logits = load_model(tmp_path / "digits_model.pth"), torch.randn(9, 1, 8, 8), []
+    assert isinstance(model, ImageClassifier)
+    for whole in (False, True):
+        for pool in experts_of(model):
+            assert pool.is_alike
+            assert pool.whole is False
+            pool.whole = whole
+        with torch.no_grad():
+            logits.append(model.classify(images).logits)
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("router", ["attentive", "picture", "expert_choice", "hash"])
-@pytest.mark.parametrize(("top_k", "gate_scale"), [(1, 1.0), (2, 2.0), (4, 0.5)])
-def test_whole_it_computes_what_experts_that_are_alike_do(router: str, top_k: int, gate_scale: float) -> None:
-    """And each gets the same gradient, together that of all; padding comes out as zeros."""
-    one = pool(router=router, top_k=top_k, gate_scale=gate_scale)
-    one.make_alike()
-    apart = copy.deepcopy(one)
-    one.is_whole = True
-    x = torch.randn(3, 8, 16, dtype=torch.float64)
-    mask = torch.ones(3, 8)
-    mask[1, 5:] = 0
-    outputs = [each(x, mask)[0] for each in (one, apart)]
-    torch.testing.assert_close(*outputs, rtol=0, atol=1e-9)
-    assert not outputs[0][1, 5:].any()
-    for output in outputs:
-        output.square().sum().backward()
-    for whole, of_each in zip(one.weights, apart.weights, strict=True):
-        assert whole.grad is not None
-        assert of_each.grad is not None
-        assert torch.equal(whole.grad, whole.grad[:1].expand_as(whole.grad))
-        torch.testing.assert_close(whole.grad.sum(0), of_each.grad.sum(0), rtol=1e-9, atol=1e-9)
+def test_experts_that_init_made_unlike_cannot_be_one(
+    cli: Any, tiny_flags: list[str], trained: Any, tmp_path: Path
+) -> None:
+    done = cli("train", *tiny_flags, "--save_dir", tmp_path, "--dense_fraction", 0.5, "--init", trained.model)
+    assert done.code == 2
+    assert "dense_fraction is 0.5: it must be 0 with --init" in done.err
+    assert done.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_experts_are_copies_until_the_split_and_differ_after_it(optimizer: Any) -> None:
-    torch.manual_seed(0)
-    model = ImageClassifier(CONFIG)
-    assert not are_alike(model)
-    config = TrainingConfig(dense_fraction=0.5, optimizer=optimizer, ema_decay=0.9)
-    trainee = Trainee(Fabric(accelerator="cpu", devices=1), model, config)
-    averages = trainee.evaluated
-    assert isinstance(averages, ImageClassifier)
-    start = [stack.clone() for stack in experts_of(model)]
-    batch = torch.randn(6, 1, 8, 8), torch.randint(3, (6,))
-    for whole in (True, False):
-        trainee.make_whole(whole)
-        for _ in range(3):
-            trainee.step([batch], 0.01)
-        assert are_alike(model) is are_alike(averages) is whole
-    assert not any(torch.equal(stack, before) for stack, before in zip(experts_of(model), start, strict=True))
-
-
-def test_without_it_experts_start_apart() -> None:
-    model = ImageClassifier(CONFIG)
-    Trainee(Fabric(accelerator="cpu", devices=1), model, TrainingConfig())
-    assert not are_alike(model)
-
-
-class TestRun:
-    """3 epochs of 5 steps, the first 8 of them whole."""
-
-    FLAGS = ("--epochs", "3", "--batch_size", "64", "--dense_fraction", "0.5")
-
-    def test_splits_at_its_step(self, cli: Any, tiny_flags: list[str], tmp_path: Path, monkeypatch: Any) -> None:
-        told: list[bool] = []
-        make_whole = Trainee.make_whole
-        monkeypatch.setattr(Trainee, "make_whole", lambda self, whole: (told.append(whole), make_whole(self, whole)))
-        assert cli("train", *tiny_flags, *self.FLAGS, "--save_dir", tmp_path).code == 0
-        assert told == [True] * 8 + [False] * 7
-
-    @pytest.mark.parametrize("step", [3, 8, 9])
-    def test_stopped_it_ends_with_the_same_weights(
-        self, cli: Any, tiny_flags: list[str], tmp_path: Path, monkeypatch: Any, step: int
-    ) -> None:
-        flags = ["train", *tiny_flags, *self.FLAGS]
-        assert cli(*flags, "--save_dir", tmp_path / "a").code == 0
-        with monkeypatch.context() as patch:
-            send_at(patch, Trainee, "step", [step], signal.SIGTERM)
-            assert cli(*flags, "--save_dir", tmp_path / "b").code == 143
-        assert cli(*flags, "--save_dir", tmp_path / "b", "--resume").code == 0
-        a, b = (load_model(tmp_path / name / "digits_model.pth").state_dict() for name in "ab")
-        assert all(torch.equal(value, b[name]) for name, value in a.items())
-
-    @pytest.mark.parametrize(
-        ("more", "told"),
-        [
-            (("--router", "soft"), "router 'soft' has no experts apart; give 0 or one of attentive"),
-            (("--init", "x.pth"), "with init the experts start from what it has, not as one layer; give 0"),
-            (("--dense_fraction", "1"), "must be from 0 up to, but not including, 1"),
-        ],
-    )
-    def test_mistakes_are_one_line(
-        self, cli: Any, tiny_flags: list[str], tmp_path: Path, more: tuple[str, ...], told: str
-    ) -> None:
-        result = cli("train", *tiny_flags, *self.FLAGS, "--save_dir", tmp_path / "runs", *more)
-        assert (result.code, result.err.count("\n")) == (2, 1)
-        assert told in result.err
-        assert not (tmp_path / "runs").exists()
+def test_a_dense_model_has_nothing_to_split(cli: Any, tiny_flags: list[str], tmp_path: Path) -> None:
+    flags = [*tiny_flags, "--epochs", 1, "--dense", "true", "--dense_fraction", 0.5, "--save_dir", tmp_path]
+    assert cli("train", *flags).code == 0

@@ -34,6 +34,8 @@ ALIKE = {
     *("patience", "max_seconds", "seed", "device", "num_devices", "precision"),
 }
 """Fields that arms must have in common: the data, its order, the steps and their schedule."""
+OF_POOLS = ("dense_fraction",)
+"""Fields of training that do nothing where a model is dense."""
 OWN_WITH_SECONDS = {
     *("epochs", "batch_size", "accumulation_steps"),
     *("crop_padding", "flip", "alternate_flip", "erase", "cutout", "mixup", "cutmix"),
@@ -74,9 +76,17 @@ class Arm:
         return {name: value for group in (*groups, of_run) for name, value in group.items()}
 
     def differs_from(self, other: Arm) -> dict[str, tuple[Any, Any]]:
-        """Each field in which the two differ: its own value, and the other's."""
+        """Each field in which the two differ: its own value, and the other's.
+
+        Not what is of routed pools' training alone, where one of them has no pools.
+        """
         theirs = other.fields()
-        return {name: (value, theirs[name]) for name, value in self.fields().items() if value != theirs[name]}
+        passed_over = OF_POOLS if self.settings.model.dense or other.settings.model.dense else ()
+        return {
+            name: (value, theirs[name])
+            for name, value in self.fields().items()
+            if value != theirs[name] and name not in passed_over
+        }
 
 
 def _dense(settings: Settings) -> Settings:

@@ -37,12 +37,13 @@ class TrainingConfig:
     """Gradients are scaled down to this norm; 0 is off."""
     ema_decay: float = 0.0
     """Validate and keep a moving average of the weights, of which so much stays with each step, as 0.999; 0 is off."""
+    dense_fraction: float = 0.0
+    """Share of training, from its start, in which each routed pool is one FFN of one expert's size and cost; then it is
+    split into experts that are copies of it, which the router lets become unlike. No effect where a model is dense. 0
+    is off."""
     start_size: float = 1.0
     """Size of the pictures in the first half of training, over img_size, to the nearest whole number of patches; 1 is
     off."""
-    dense_fraction: float = 0.0
-    """Share of the steps in which each routed pool is one dense layer, whose copies its experts are: dense first, then
-    split (sparse upcycling, Komatsuzaki et al. 2022, within a run); 0 is off."""
     label_smoothing: float = 0.1
     """Probability mass spread evenly over the classes in the targets."""
     max_seconds: float = 0.0
@@ -62,7 +63,7 @@ class TrainingConfig:
         check_at_least(self, 0, "weight_decay", "clip_norm", "patience", "seed", "max_seconds")
         for name in ("lr", "muon_lr", "expert_lr_scale"):
             check(getattr(self, name) > 0, name, getattr(self, name), "over 0")
-        check_fraction(self, "warmup_fraction", "ema_decay", "label_smoothing", "dense_fraction")
+        check_fraction(self, "warmup_fraction", "ema_decay", "dense_fraction", "label_smoothing")
         check(0 < self.start_size <= 1, "start_size", self.start_size, "over 0 and at most 1")
         check(0 <= self.final_lr_fraction <= 1, "final_lr_fraction", self.final_lr_fraction, "from 0 to 1")
 
@@ -74,8 +75,9 @@ class RunConfig:
     preset: str | None = None
     """Model size: tiny, small, base, each also as <size>-dense; None is the dataset's own."""
     init: str | None = None
-    """Start of training: a model file of this program, of other classes, sizes or without routing too; or
-    open_clip:<model>/<tag>, or open_clip:<model>/<file of weights>. What was copied is said, part by part."""
+    """Start for training: a model file of this program, of which all that fits is copied, while the feed-forward layers
+    of a dense model become experts; or a CLIP, open_clip:<model>/<tag> or open_clip:<model>/<file of weights>, whose
+    text embedding and positions are copied and whose feed-forward layers become experts, where the widths fit."""
     checkpoint: str | None = None
     """Model file to test; None is <save_dir>/<dataset>_model.pth."""
     save_dir: str = "checkpoints"

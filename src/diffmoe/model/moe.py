@@ -26,6 +26,11 @@ class GeneralExperts(nn.Module):
     With a dropless router no token is ever turned away, so that a prediction does not depend on its batch-mates.
     Padding (by `mask`) is sent nowhere and comes out as zeros. The residual connection is the caller's.
 
+    While `whole` is set, by who trains it and never here, the pool is one FFN, whose weights are the mean of its
+    experts': y = (sum of the token's gates) * FFN(x), which is what it computes anyway while its experts are copies of
+    one (`make_alike`), at the cost of one. The router says where tokens would go, and gets no gradient through y. Each
+    expert gets a 1 / E of the FFN's gradient, as they do on average once they run by themselves; copies stay copies.
+
     Args:
         embed_dim: D.
         num_experts: E.
@@ -63,9 +68,7 @@ class GeneralExperts(nn.Module):
             embed_dim, num_experts, top_k, noise=router_noise, gate=gate, gate_scale=gate_scale
         )
         self.dispatch = LocalDispatch(backend)
-        self.is_whole = False
-        """Compute one layer for all tokens, of the experts' mean weights, as loud as they: what experts that are alike
-        give, at the cost of one. Set from outside, between steps."""
+        self.whole = False
         self.gain = nn.Parameter(torch.ones(num_experts, embed_dim))
         self.shift = nn.Parameter(torch.zeros(num_experts, embed_dim))
         self.fc1_weight = nn.Parameter(torch.empty(num_experts, hidden, embed_dim))
@@ -88,9 +91,14 @@ class GeneralExperts(nn.Module):
 
     @torch.no_grad()
     def make_alike(self) -> None:
-        """All experts become copies of the first."""
+        """Make all experts copies of the first."""
         for stack in self.weights:
             stack.copy_(stack[:1].expand_as(stack).clone())
+
+    @property
+    def is_alike(self) -> bool:
+        """Whether all experts are copies of one."""
+        return all(torch.equal(stack, stack[:1].expand_as(stack)) for stack in self.weights)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Routing]:
         """(..., D), and mask (...) with True or 1 at real tokens -> (..., D), and the `Routing`.
@@ -108,8 +116,9 @@ class GeneralExperts(nn.Module):
         if isinstance(self.router, Mixer):
             return self._mix(self.router, x_normed, mask)
         routing = self.router(x_normed, mask)
-        if self.is_whole:
-            return self._as_one(x_normed, routing), routing
+        if self.whole:
+            y = self._run_whole(x_normed)
+            return y * routing.gates.sum(-1, keepdim=True).detach().to(y.dtype), routing
         return self.run(x_normed.reshape(-1, self.embed_dim), routing.plan).view(x.shape), routing
 
     def run(self, x_TD: Tensor, plan: Plan) -> Tensor:
@@ -126,28 +135,40 @@ class GeneralExperts(nn.Module):
         plan = plan._replace(gates=plan.gates.to(dtype))
         return self.dispatch(x_TD.to(dtype), plan, weights, self.activation, self.dropout if self.training else 0.0)
 
-    def _as_one(self, x_normed: Tensor, routing: Routing) -> Tensor:
-        mean = ExpertWeights(*(stack.mean(0) for stack in self._weights_as(x_normed)))
-        x_1TD = x_normed.reshape(1, -1, self.embed_dim).to(mean.gain.dtype)
-        y_1TD = all_experts(x_1TD, mean, self.activation, self.dropout if self.training else 0.0)
-        return y_1TD.view(x_normed.shape) * routing.gates.sum(-1, keepdim=True).to(y_1TD.dtype)
-
     def _mix(self, router: Mixer, x_normed: Tensor, mask: Tensor | None) -> tuple[Tensor, Routing]:
         shape = x_normed.shape if x_normed.dim() > 1 else (1, *x_normed.shape)  # a token alone is a sequence of one
         x_BND = x_normed.reshape(-1, *shape[-2:])
         mask_BN = None if mask is None else mask.reshape(x_BND.shape[:2])
         dropout = self.dropout if self.training else 0.0
         run = partial(all_experts, activation=self.activation, dropout=dropout)
-        y, routing = router.mix(x_BND, mask_BN, self._weights_as(x_normed), run)
+        weights = self._weights_as(x_normed)
+        if self.whole:
+            weights = ExpertWeights(
+                *(m.expand_as(stack) for m, stack in zip(self._mean(x_normed), weights, strict=True))
+            )
+        y, routing = router.mix(x_BND, mask_BN, weights, run)
         y = y * router.gate_scale if mask_BN is None else y * router.gate_scale * mask_BN[..., None]
         return y.view(x_normed.shape), routing.shaped(x_normed.shape[:-1])
 
+    def _run_whole(self, x_normed: Tensor) -> Tensor:
+        mean = self._mean(x_normed)
+        x_1TD = x_normed.reshape(1, -1, self.embed_dim).to(mean.gain.dtype)
+        y_1TD = all_experts(x_1TD, mean, self.activation, self.dropout if self.training else 0.0)
+        return y_1TD.view(x_normed.shape)
+
+    def _mean(self, x: Tensor) -> ExpertWeights:
+        """The weights of the one FFN that a whole pool is."""
+        dtype = self._dtype(x)
+        return ExpertWeights(*(stack.mean(0).to(dtype) for stack in self.weights))
+
     def _weights_as(self, x: Tensor) -> ExpertWeights:
-        """In the dtype that products have here: autocast's where it is on, else that of `x`."""
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        weights = self.weights
+        dtype, weights = self._dtype(x), self.weights
         return weights if self.gain.dtype == dtype else ExpertWeights(*(stack.to(dtype) for stack in weights))
+
+    def _dtype(self, x: Tensor) -> torch.dtype:
+        """That products have here: autocast's where it is on, else that of `x`."""
+        device = x.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
     def _check(self, plan: Plan, num_tokens: int) -> None:
         if plan.expert_ids.shape != plan.gates.shape or len(plan.gates) != num_tokens:

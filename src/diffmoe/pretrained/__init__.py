@@ -1,33 +1,29 @@
-"""What a new model may start from instead of from nothing: a model of one's own, or a trained CLIP."""
+"""Starting from a trained model: from a CLIP, or from a model of our own, whose dense FFNs can become experts."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from diffmoe.model.heads import Head
-from diffmoe.pretrained import clip, own
+from diffmoe.pretrained.clip import start_from_clip
+from diffmoe.pretrained.own import start_from_own
+from diffmoe.storage.model_files import is_own_file
 
 __all__ = ["start_from"]
 
 
-def start_from(
-    model: Head, source: str, class_names: tuple[str, ...] = (), pictures: Tensor | None = None
-) -> list[str]:
+def start_from(model: Head, source: str, pictures: Tensor | None = None) -> list[str]:
     """Copy into `model` what fits of another one; the rest keeps its own start.
 
     Args:
         model: changed in place; not at all where this raises.
-        source: a model file of this program (`own.start_from`), or what `clip.start_from` takes.
-        class_names: of the data that `model` is for.
-        pictures: (B, C, H, W) float, normalised, of that data: routers start from the clusters of their tokens.
+        source: a model file of ours (`start_from_own`), or what says where a CLIP is (`start_from_clip`).
+        pictures: (B, C, H, W) float, normalised, of the training set; with a file of ours routers start from them.
 
     Returns:
-        A line for each part: what was copied, or why it was not.
+        A line for each part, copied or skipped, and why.
 
     Raises:
-        UserError: where the source cannot be read, or nothing of it fits.
+        UserError: for a malformed source, one that is missing or damaged, or where nothing fits.
     """
-    found = own.model_in(source)
-    return (
-        clip.start_from(model, source) if found is None else own.start_from(model, source, found, class_names, pictures)
-    )
+    return start_from_own(model, source, pictures) if is_own_file(source) else start_from_clip(model, source)

@@ -21,11 +21,12 @@ from diffmoe.model.heads import Head
 from diffmoe.model.layers import ACTIVATIONS, Expert
 from diffmoe.model.moe import GeneralExperts
 from diffmoe.model.multimodal import MultiModalMoE
+from diffmoe.pretrained.parts import Part
 
 PREFIX = "open_clip:"
 FORM = (
     "it must be open_clip:<model>/<tag>, such as open_clip:ViT-B-32/laion2b_s34b_b79k, open_clip:<model>/<file>, "
-    "a .pt or .safetensors file of CLIP's weights, or a model file of this program"
+    "a .pt or .safetensors file of CLIP's weights, or a model file of this program, such as digits_model.pth"
 )
 TEXT_TOWER, IMAGE_TOWER = "transformer.", "visual.transformer."
 FFN = ("ln_2.weight", "ln_2.bias", "mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight", "mlp.c_proj.bias")
@@ -44,18 +45,8 @@ class Clip:
     """Trained with x * sigmoid(1.702 x) for gelu; a bare file does not say so."""
 
 
-@dataclass(frozen=True)
-class Part:
-    """What became of one part of our model."""
-
-    name: str
-    copied: bool
-    how: str
-    """What was copied, or why not."""
-
-
 @torch.no_grad()
-def start_from(model: Head, source: str) -> list[str]:
+def start_from_clip(model: Head, source: str) -> list[str]:
     """Copy into `model` what fits of a CLIP model; the rest keeps its own start, attention and head among it.
 
     - `token_embedding` gets CLIP's V rows where text_embed_dim is its width; where embed_dim is too,
@@ -81,8 +72,10 @@ def start_from(model: Head, source: str) -> list[str]:
     Raises:
         UserError: for a malformed source, an unknown model, tag or file, no network, or where nothing fits.
     """
-    clip = _created(source) if source.startswith(PREFIX) else Clip(_read(source))
     backbone = model.backbone
+    if not isinstance(backbone, MultiModalMoE):  # a baseline's
+        raise UserError(f"init is {source!r}: architecture {model.config.architecture!r} has no part that is CLIP's")
+    clip = _created(source) if source.startswith(PREFIX) else Clip(_read(source))
     parts = [
         _copy_tokens(backbone, clip.state),
         _copy_positions(backbone, clip.state),
@@ -92,7 +85,7 @@ def start_from(model: Head, source: str) -> list[str]:
     if not any(part.copied for part in parts):
         takes = _needed(clip.state, backbone.config.activation)
         raise UserError(f"init is {source!r}: nothing of it fits this model: {takes}")
-    return [f"{part.name}: {'copied' if part.copied else 'skipped'}, {part.how}" for part in parts]
+    return [str(part) for part in parts]
 
 
 def _created(source: str) -> Clip:

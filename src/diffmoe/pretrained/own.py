@@ -1,222 +1,304 @@
-"""Starting from a model of one's own: by name and shape; and where it is dense and the new one routed, upcycled.
+"""Starting from a model of our own: what fits is copied by name; a dense FFN becomes the experts of a routed pool.
 
-Shapes: D width, E experts, K experts chosen for a token, H hidden width of an expert, F of a dense layer, B pictures,
-T tokens.
+Shapes: D width, E experts, K experts chosen for a token, F hidden units of the dense FFN, U those of an expert, n
+slices of the FFN, T tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffmoe.config import ModelConfig, UserError
-from diffmoe.model.captioner import Captioner
+from diffmoe.config import UserError
 from diffmoe.model.heads import Classifier, Head
-from diffmoe.model.layers import evaluating
+from diffmoe.model.layers import Expert, evaluating
 from diffmoe.model.moe import GeneralExperts
 from diffmoe.model.routers import AttentiveRouter, Mixer
-from diffmoe.storage.model_files import MODEL_FORMAT, ModelFile, load_model_file, read
+from diffmoe.model.routers.attentive import PictureRouter
+from diffmoe.model.routers.base import mean_token
+from diffmoe.pretrained.parts import Part
+from diffmoe.storage.model_files import load_model
 
+CLUSTERED_TOKENS = 8192
+"""Tokens of a pool that are clustered, at most."""
+SEED = 0
+"""Of the clusters."""
+DRAWS = 4096
+"""Tokens by which a fresh router's gates are estimated where they are probabilities."""
+
+
+ABSENT = "is not in the file"
 ALIKE = ("activation", "num_heads")
 """Fields without which weights of the same shapes compute something else."""
-OF_THE_DATA = ("class_tokens", "class_mask", "output_tokens")
-"""Buffers that say what the new model is for."""
-EXPERT = ("norm.weight", "norm.bias", "fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
-"""What an expert's parameters are called, in the order of `ExpertWeights`."""
-SAMPLE = 512
-"""Pictures whose tokens are clustered, at most."""
 
 
-def model_in(source: str) -> ModelFile | None:
-    """The model of this program in a file; None where it is none, or not whole. Raises `UserError` for an unfit one."""
-    try:
-        read(source, MODEL_FORMAT)
-    except UserError:
-        return None
-    return load_model_file(source)
+class Upcycled(NamedTuple):
+    """How a pool was made of a dense FFN."""
+
+    hidden: int
+    """F."""
+    experts: int
+    """E."""
+    units: int
+    """U."""
+    slices: int
+    """n."""
+
+    def __str__(self) -> str:
+        needed = self.slices * self.units
+        changed = f", the {needed} strongest kept," if needed < self.hidden else f", divided into {needed},"
+        ffn = f"a dense FFN of {self.hidden} units{changed if needed != self.hidden else ''}"
+        made = "copied into each of" if self.slices == 1 else f"cut into {self.slices} slices for"
+        return f"{ffn} {made} {self.experts} experts of {self.units}"
 
 
 @torch.no_grad()
-def start_from(
-    model: Head, source: str, found: ModelFile, class_names: tuple[str, ...] = (), pictures: Tensor | None = None
-) -> list[str]:
-    """Copy what has the same name and shape, and what can be made to fit.
+def start_from_own(model: Head, source: str, pictures: Tensor | None = None) -> list[str]:
+    """Copy into `model` what has a name and a shape in common with the model in a file; the rest keeps its own start.
 
-    - Positions of another grid of patches are interpolated (bicubic, as timm does for its ViTs).
-    - A dense layer in the place of a routed pool becomes its experts (`upcycled`), and the image tower's routers start
-      from the clusters of the tokens that reach them (`start_from_clusters`).
-
-    The head is copied where the classes, or the words, are the same.
+    - What the data decides is no weight and stays: the descriptions of the classes, the words that can be written.
+    - `image_position` of another grid is interpolated (bicubic); of `text_position` the first rows are copied.
+    - Where the file's block is dense and ours has a routed pool, the pool is made of that FFN: see `upcycle`. Its
+      router, where it learns, starts at clusters of the tokens that reach the pool when the new model, in evaluation
+      mode, sees `pictures`; without these, and where no token comes by, at random.
 
     Args:
         model: changed in place; not at all where this raises.
-        source: what the user gave.
-        found: the model in it.
-        class_names: of the data that `model` is for.
-        pictures: (B, C, H, W) float, normalised, of that data; None leaves routers as they are.
+        source: a model file.
+        pictures: (B, C, H, W) float, normalised; None clusters nothing.
 
     Returns:
-        A line for each part of `model`: what was copied, or why it was not.
+        A line for each part, copied or skipped, and why.
 
     Raises:
-        UserError: where nothing fits, or what fits would compute something else.
+        UserError: for a file that is missing, damaged or of another kind, where nothing of it fits, or what fits would
+            compute something else.
     """
-    theirs, config = found.model, model.config
-    for name in ALIKE:
-        own, other = getattr(config, name), getattr(theirs.config, name)
+    theirs = load_model(source)
+    for name in ALIKE if theirs.config.architecture == model.config.architecture else ():
+        own, other = getattr(model.config, name), getattr(theirs.config, name)
         if own != other:
             raise UserError(f"init is {source!r}: its {name} is {other!r}, this model's {own!r}: give --{name} {other}")
-    new, dense = _by_name(model, theirs, found.data.class_names == class_names), dict(_upcycled(model, theirs))
-    if not dense and not any(value.dim() > 1 for value in new.values()):  # a temperature alone is no start
-        raise UserError(
-            f"init is {source!r}: nothing of it fits this model: it has embed_dim {theirs.config.embed_dim} and "
-            f"patch_size {theirs.config.patch_size}, this one {config.embed_dim} and {config.patch_size}"
-        )
-    for pool in dense.values():
-        new |= pool
-    state = model.state_dict()
-    for name, value in new.items():
-        state[name].copy_(value)
-    lines = [_line(part, names, new, theirs.state_dict()) for part, names in _parts(state).items()]
-    if dense:
-        lines.append(f"{len(dense)} dense layers became the experts of as many pools")
-        if pictures is not None and (count := start_from_clusters(model, pictures, set(dense))):
-            lines.append(f"{count} routers start from the clusters of their tokens")
+    modules, pools = dict(theirs.named_modules()), dict(_pools(model))
+    upcycled: dict[str, Upcycled] = {}
+    for name, pool in pools.items():
+        ffn = modules.get(name)
+        if isinstance(ffn, Expert) and ffn.fc1.in_features == pool.embed_dim:
+            upcycled[name] = upcycle(pool, ffn, theirs.config.dense_scale)
+    parts = _copy(model, theirs.state_dict(), upcycled)
+    if not any(part.copied for part in parts):
+        raise UserError(f"init is {source!r}: nothing of it fits this model ({parts[0].name}: {parts[0].how})")
+    lines = [str(part) for part in parts]
+    if upcycled and pictures is not None:
+        made = {name: pools[name] for name in upcycled}
+        started = _start_routers(model, made, {name: how.slices for name, how in upcycled.items()}, pictures)
+        lines.append(f"routers: {started} of {len(made)} start at clusters of tokens, of {len(pictures)} pictures")
     return lines
 
 
-def upcycled(ffn: Mapping[str, Tensor], scale: float, pool: GeneralExperts) -> dict[str, Tensor]:
-    """Weights with which a pool computes what a dense layer does (Komatsuzaki et al. 2022, "Sparse upcycling").
+@torch.no_grad()
+def upcycle(pool: GeneralExperts, ffn: Expert, scale: float = 1.0) -> Upcycled:
+    """Make the experts of a pool of a dense FFN, whose output is times `scale` (sparse upcycling, Komatsuzaki et al.
+    2022, section 3).
 
-    With F about n H each expert is a slice of the layer, expert e the (e mod n)-th; n is from 1 (all are copies) to K.
-    What does not come out even: the weakest units (by the lengths of their two rows of weights) are left out, or units
-    are added of which nothing comes out yet. The pool's gates must add up to gate_scale: for K = 1, where the gate is a
-    probability p, all is p times as loud. It is the layer itself for n = 1 or where a token's experts are the n
-    slices; else it is so in the mean.
+    The FFN is cut into n = F / U slices of its hidden units, to the nearest whole number from 1 to E; expert e gets
+    slice e mod n. With n = 1 each is a copy. What an expert gives is so loud that with equal gates on the n slices the
+    pool computes what the FFN did; its last bias, which every expert has, comes out once. Where F is not n U, the units
+    that matter most, by |row of fc1| * |column of fc2|, are kept, or units are divided into two of half the output.
+
+    Experts e of one e // n are a group: together they are the FFN. An attentive router starts with equal logits within
+    a group, as the keys of one are equal, so that a token that chooses one of them chooses all (virtual groups, He et
+    al. 2024, arXiv 2410.07524). Where n divides K and E, and no unit was left out, the pool then computes the FFN for
+    every token, whatever else the router says. Not where gates are probabilities (K = 1, expert choice): there it does
+    so on average, as they are while the router is fresh. Experts whose weights are averaged (`merged`) are copies.
 
     Args:
-        ffn: by the names of `EXPERT`; fc1.weight (F, D).
-        scale: what the layer's output is multiplied by.
-        pool: it is not changed.
-
-    Returns:
-        By the names of `ExpertWeights`, (E, ...).
+        pool: changed in place, router and all.
+        ffn: of the same D, activation and dropout.
+        scale: as the config's dense_scale.
     """
-    num_experts, hidden, _ = pool.fc1_weight.shape
-    units = len(ffn["fc1.weight"])
-    at_most = 1 if isinstance(pool.router, Mixer) else min(pool.router.top_k, num_experts)
-    slices = max(1, min(round(units / hidden), at_most))
-    strength_F = ffn["fc1.weight"].norm(dim=1) * ffn["fc2.weight"].norm(dim=0)
-    kept_F = strength_F.topk(min(units, slices * hidden)).indices.sort().values
-    rows_F = torch.arange(len(kept_F)) % slices * hidden + torch.arange(len(kept_F)) // slices  # dealt out in turn
-    slice_of_E = torch.arange(num_experts) % slices
-    gain = scale / pool.router.gate_scale
-    stacks = {name: getattr(pool, name).detach().clone() for name in pool.weights._fields}
-    fc1, fc1_bias = stacks["fc1_weight"][:slices].flatten(0, 1), stacks["fc1_bias"][:slices].flatten(0, 1)
-    fc2 = torch.zeros(slices * hidden, fc1.shape[1], dtype=fc1.dtype)
-    fc1[rows_F], fc1_bias[rows_F] = ffn["fc1.weight"][kept_F].to(fc1), ffn["fc1.bias"][kept_F].to(fc1)
-    fc2[rows_F] = gain * slices * ffn["fc2.weight"].T[kept_F].to(fc1)
-    return {
-        "gain": ffn["norm.weight"].expand_as(stacks["gain"]),
-        "shift": ffn["norm.bias"].expand_as(stacks["shift"]),
-        "fc1_weight": fc1.unflatten(0, (slices, hidden))[slice_of_E],
-        "fc1_bias": fc1_bias.unflatten(0, (slices, hidden))[slice_of_E],
-        "fc2_weight": fc2.unflatten(0, (slices, hidden)).mT[slice_of_E],
-        "fc2_bias": (gain * ffn["fc2.bias"]).expand_as(stacks["fc2_bias"]),
-    }
+    experts, units, _ = pool.fc1_weight.shape
+    hidden = ffn.fc1.out_features
+    must_be_alike = isinstance(pool.router, Mixer) and pool.router.alike
+    slices = 1 if must_be_alike else min(max(1, round(hidden / units)), experts)
+    chosen = _units(ffn, slices * units)
+    times = torch.bincount(chosen, minlength=hidden)[chosen]  # a unit that is there twice gives half each time
+    loudness = scale / gates_sum(pool)
+    slice_E = torch.arange(experts) % slices
+    fc2_DF = ffn.fc2.weight[:, chosen] / times * (loudness * slices)
+    pool.gain.copy_(ffn.norm.weight)
+    pool.shift.copy_(ffn.norm.bias)
+    pool.fc1_weight.copy_(ffn.fc1.weight[chosen].unflatten(0, (slices, units))[slice_E])
+    pool.fc1_bias.copy_(ffn.fc1.bias[chosen].unflatten(0, (slices, units))[slice_E])
+    pool.fc2_weight.copy_(fc2_DF.unflatten(1, (slices, units)).transpose(0, 1)[slice_E])
+    pool.fc2_bias.copy_(ffn.fc2.bias * loudness)
+    if isinstance(pool.router, AttentiveRouter):
+        keys = pool.router.keys
+        keys.copy_(keys[torch.arange(experts) // slices * slices])
+    return Upcycled(hidden, experts, units, slices)
 
 
-@torch.no_grad()
-def start_from_clusters(model: Head, pictures: Tensor, pools: set[str]) -> int:
-    """Let the image tower's routers among `pools` send each cluster of their tokens (k-means) to an expert of its own.
+def _units(ffn: Expert, needed: int) -> Tensor:
+    """Which hidden units to take, (needed,) int64: the strongest; all, over and over, where there are fewer."""
+    strength_F = ffn.fc1.weight.norm(dim=1) * ffn.fc2.weight.norm(dim=0)
+    kept = strength_F.argsort(descending=True, stable=True)[:needed].sort().values
+    return kept.repeat(-(-needed // len(kept)))[:needed]
 
-    After cluster-aware upcycling (arXiv 2604.13508). Returns how many routers there were: those by attention.
+
+def gates_sum(pool: GeneralExperts) -> float:
+    """What the gates of a token add up to: gate_scale; where they are probabilities, on average while the router is
+    fresh, with standard normal logits.
     """
-    from sklearn.cluster import KMeans  # takes a second
-
-    image_pools = {name: pool for name, pool in _pools(model) if name in pools and ".image_encoder." in name}
-    routers = {name: pool.router for name, pool in image_pools.items() if isinstance(pool.router, AttentiveRouter)}
-    tokens_of: dict[str, Tensor] = {}
-
-    def seen(name: str) -> object:
-        def keep(_: nn.Module, given: tuple[Tensor, ...]) -> None:
-            x = given[0].float()
-            tokens_of[name] = F.layer_norm(x, x.shape[-1:]).flatten(0, -2)
-
-        return keep
-
-    with evaluating(model), ExitStack() as hooks:
-        for name in routers:
-            hooks.callback(image_pools[name].register_forward_pre_hook(seen(name)).remove)  # type: ignore[arg-type]
-        model.backbone.image_features(pictures[:SAMPLE].to(next(model.parameters())))
-    for name, router in routers.items():
-        tokens = tokens_of[name].cpu()
-        if len(tokens) >= len(router.keys):
-            means = KMeans(len(router.keys), random_state=0).fit(tokens.numpy()).cluster_centers_
-            router.start_at(torch.from_numpy(means))
-    return len(routers)
+    router = pool.router
+    if isinstance(router, Mixer):
+        return router.gate_scale
+    shape, generator = (DRAWS, len(pool.gain)), torch.Generator().manual_seed(0)
+    logits = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return float(router.choose(logits, None).gates.sum(-1).mean())
 
 
-def _by_name(model: Head, theirs: Head, same_classes: bool) -> dict[str, Tensor]:
-    """What of theirs has a name and shape of ours, and positions brought to our grid."""
-    state, own = theirs.state_dict(), model.state_dict()
-    same_head = type(theirs) is type(model) and (
-        same_classes
-        if isinstance(model, Classifier)
-        else isinstance(theirs, Captioner)
-        and isinstance(model, Captioner)
-        and torch.equal(theirs.output_tokens, model.output_tokens)
-    )
-    found: dict[str, Tensor] = {}
-    for name, value in own.items():
-        if name not in state or name in OF_THE_DATA or not (same_head or name.startswith("backbone.")):
+def _pools(model: nn.Module) -> list[tuple[str, GeneralExperts]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, GeneralExperts)]
+
+
+def _copy(model: Head, theirs: Mapping[str, Tensor], upcycled: Mapping[str, Upcycled]) -> list[Part]:
+    """By name; the tensors of upcycled pools are done."""
+    ours = model.state_dict()
+    # Whole numbers are of the data: the descriptions of the classes, the words.
+    names = [name for name, value in ours.items() if value.is_floating_point()]
+    other_words = not torch.equal(*(state.get("output_tokens", torch.empty(0)) for state in (ours, theirs)))
+    by_part: dict[str, list[str]] = {}
+    for name in names:
+        by_part.setdefault(_part_of(name), []).append(name)
+    parts = []
+    for part, members in by_part.items():
+        made = [how for pool, how in upcycled.items() if _part_of(pool) == part]
+        left = [name for name in members if not any(name.startswith(f"{pool}.") for pool in upcycled)]
+        if part == "output_bias" and other_words:
+            parts.append(Part(part, False, "the words that can be written are others"))
             continue
-        if state[name].shape == value.shape:
-            found[name] = state[name]
-        elif name == "backbone.image_position" and state[name].shape[-1] == value.shape[-1]:
-            found[name] = _at_grid(state[name], model.config)
-    return found
-
-
-def _at_grid(position_1ND: Tensor, config: ModelConfig) -> Tensor:
-    """Positions of a square grid of patches, as many as the config has: (1, N, D)."""
-    before, after = round(position_1ND.shape[1] ** 0.5), round(config.num_patches**0.5)
-    grid = position_1ND.unflatten(1, (before, before)).movedim(-1, 1)
-    return F.interpolate(grid, (after, after), mode="bicubic", align_corners=False).flatten(2).mT
-
-
-def _upcycled(model: Head, theirs: Head) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Each routed pool of ours where theirs has a dense layer of the same width: its name, and its new weights."""
-    state, scale = theirs.state_dict(), theirs.config.dense_scale
-    for name, pool in _pools(model):
-        ffn = {leaf: state[f"{name}.{leaf}"] for leaf in EXPERT if f"{name}.{leaf}" in state}
-        if len(ffn) == len(EXPERT) and ffn["fc1.weight"].shape[1] == pool.embed_dim:
-            yield name, {f"{name}.{leaf}": value for leaf, value in upcycled(ffn, scale, pool).items()}
-
-
-def _pools(model: Head) -> Iterator[tuple[str, GeneralExperts]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, GeneralExperts))
-
-
-def _parts(state: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """The names of the tensors of each part: a tower, an embedding, the head."""
-    parts: dict[str, list[str]] = {}
-    for name in state:
-        if name not in OF_THE_DATA:
-            parts.setdefault(name.removeprefix("backbone.").split(".")[0], []).append(name)
+        how_copied = {name: _copy_tensor(name, ours[name], theirs.get(name)) for name in left}
+        parts.append(_told(part, how_copied, made))
     return parts
 
 
-def _line(part: str, names: list[str], new: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> str:
-    taken = [name for name in names if name in new]
-    if len(taken) == len(names):
-        return f"{part}: copied"
-    if taken:
-        return f"{part}: copied, {len(taken)} of {len(names)} tensors"
-    if not any(name in theirs for name in names):
-        return f"{part}: skipped, the file has none"
-    return f"{part}: skipped, it is of other sizes, classes or words"
+def _part_of(name: str) -> str:
+    return name.removeprefix("backbone.").split(".")[0]
+
+
+class _Fate(NamedTuple):
+    copied: bool
+    how: str
+    """Empty where all of it was copied as it is."""
+
+
+def _copy_tensor(name: str, ours: Tensor, theirs: Tensor | None) -> _Fate:
+    """Into `ours`, where it fits."""
+    if theirs is None:
+        return _Fate(False, ABSENT)
+    if ours.shape == theirs.shape:
+        ours.copy_(theirs)
+        return _Fate(True, "")
+    same_width = ours.dim() == theirs.dim() and ours.shape[-1] == theirs.shape[-1]
+    if name == "backbone.image_position" and same_width:
+        ours.copy_(_interpolated(theirs, ours.shape[1]))
+        return _Fate(True, f"{theirs.shape[1]} positions interpolated to {ours.shape[1]}")
+    if name == "backbone.text_position" and same_width:
+        rows = min(len(ours), len(theirs))
+        ours[:rows].copy_(theirs[:rows])
+        return _Fate(True, f"{rows} of {len(ours)} rows")
+    return _Fate(False, f"is {_shape(ours)} here and {_shape(theirs)} in the file")
+
+
+def _interpolated(position: Tensor, patches: int) -> Tensor:
+    """(1, N, D) of a square grid -> (1, patches, D) of another one; as timm does."""
+    before, after = round(position.shape[1] ** 0.5), round(patches**0.5)
+    grid = position.unflatten(1, (before, before)).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(after, after), mode="bicubic", antialias=True)
+    return grid.flatten(2).transpose(1, 2)
+
+
+def _shape(tensor: Tensor) -> str:
+    return " x ".join(map(str, tensor.shape)) or "1"
+
+
+def _told(part: str, fates: Mapping[str, _Fate], upcycled: list[Upcycled]) -> Part:
+    copied = [fate for fate in fates.values() if fate.copied]
+    why_not = [(name, fate.how) for name, fate in fates.items() if not fate.copied]
+    why = ""
+    if why_not:
+        name, how = why_not[0]
+        why = f"{name.removeprefix('backbone.').removeprefix(part).removeprefix('.') or 'it'} {how}"
+    if not copied and not upcycled:
+        return Part(part, False, "the file has none" if all(how == ABSENT for _, how in why_not) else why)
+    told = [f"{len(copied)} of {len(fates)} tensors ({why})"] if why_not else []
+    told += [fate.how for fate in copied if fate.how]
+    told += [f"{how} (in {count} blocks)" if count > 1 else str(how) for how, count in Counter(upcycled).items()]
+    return Part(part, True, "; ".join(told) or "all of it")
+
+
+def _start_routers(
+    model: Head, pools: Mapping[str, GeneralExperts], slices: Mapping[str, int], pictures: Tensor
+) -> int:
+    """At clusters of the tokens that each pool gets; of how many pools that was done."""
+    learned = {name: pool.router for name, pool in pools.items() if isinstance(pool.router, AttentiveRouter)}
+    tokens = _tokens(model, {name: pools[name] for name in learned}, pictures)
+    started = 0
+    for name, router in learned.items():
+        experts, group = len(router.keys), slices[name]
+        centroids = clusters(tokens[name], -(-experts // group)) if name in tokens else None
+        if centroids is not None:
+            router.start_at(centroids.repeat_interleave(group, 0)[:experts])
+            started += 1
+    return started
+
+
+def _tokens(model: Head, pools: Mapping[str, GeneralExperts], pictures: Tensor) -> dict[str, Tensor]:
+    """What the router of each pool looks at, (T, D) normalised, where anything gets there."""
+    seen: dict[str, Tensor] = {}
+
+    def looking(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def look(pool: nn.Module, given: tuple[Any, ...]) -> None:
+            assert isinstance(pool, GeneralExperts)
+            x, mask = given
+            x = F.layer_norm(x, (pool.embed_dim,), eps=pool.eps)
+            if isinstance(pool.router, PictureRouter):
+                x, mask = mean_token(x, mask), None
+            seen[name] = x.flatten(0, -2) if mask is None else x[mask.bool()]
+
+        return look
+
+    handles = [pool.register_forward_pre_hook(looking(name)) for name, pool in pools.items()]
+    try:
+        with evaluating(model):
+            if isinstance(model, Classifier):
+                model.answer((pictures,))
+            else:  # texts are another matter
+                model.backbone.image_features(pictures)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def clusters(tokens: Tensor, count: int) -> Tensor | None:
+    """Centroids (count, D) of tokens (T, D), by k-means from k-means++: the same each time.
+
+    None where there are fewer tokens that differ.
+    """
+    from scipy.cluster.vq import kmeans2  # takes a second
+
+    tokens = tokens[:: -(-len(tokens) // CLUSTERED_TOKENS)]
+    if len(tokens.unique(dim=0)) < count:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of an empty cluster, whose centroid stays where it was
+        found, _ = kmeans2(tokens.double().numpy(), count, iter=20, minit="++", rng=np.random.default_rng(SEED))
+    return torch.from_numpy(found).to(tokens.dtype)

@@ -31,6 +31,8 @@ from diffmoe.model.captioner import Captioner
 from diffmoe.model.heads import Classifier, Head, ImageClassifier
 
 MODEL_FORMAT = "diffmoe-model-1"
+OWN_FORMATS = "diffmoe-"
+"""What the format of every file that this program wrote begins with."""
 
 HEADS: dict[str, type[Head]] = {head.kind: head for head in (ImageClassifier, Captioner, Baseline)}
 """By what a model file calls each; a file that says nothing holds a classifier."""
@@ -144,6 +146,18 @@ def read(path: str | Path, kind: str) -> dict[str, Any]:
         was = found if isinstance(found, str) else "something else"
         raise UserError(f"checkpoint {path} is not a {kind} file but {was}")
     return content
+
+
+def is_own_file(path: str | Path) -> bool:
+    """Whether it is a file that says it was written by this program; `read` tells of which kind, and whether whole."""
+    place = expanded(str(path))
+    if not os.path.isfile(place) or not zipfile.is_zipfile(place):
+        return False
+    try:
+        content = torch.load(place, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError):
+        return False
+    return isinstance(content, dict) and str(content.get("format")).startswith(OWN_FORMATS)
 
 
 def _check_records(path: Path) -> None:

@@ -22,7 +22,7 @@ from diffmoe.data.sources import Kind
 from diffmoe.evaluation.passes import Autocast
 from diffmoe.model.heads import Head
 from diffmoe.model.outputs import TextFeatures
-from diffmoe.model.routers import ROUTERS, Mixer, router_kind
+from diffmoe.model.routers import router_kind
 from diffmoe.storage.run_files import Metrics
 
 
@@ -64,18 +64,8 @@ class Task(ABC):
         config = settings.model
         if config.vocab_size < VOCAB_SIZE:
             raise UserError(f"vocab_size is {config.vocab_size}: the tokenizer needs at least {VOCAB_SIZE}")
-        if config.dense:
-            return
-        kind, fraction = router_kind(config.router), settings.training.dense_fraction
-        if fraction > 0 and issubclass(kind, Mixer):
-            able = ", ".join(name for name, kind in ROUTERS.items() if not issubclass(kind, Mixer))
-            raise UserError(
-                f"dense_fraction is {fraction}: router {config.router!r} has no experts apart; give 0 or one of {able}"
-            )
-        if fraction > 0 and settings.run.init is not None:
-            raise UserError(
-                f"dense_fraction is {fraction}: with init the experts start from what it has, not as one layer; give 0"
-            )
+        if not config.dense:
+            router_kind(config.router)
 
     def notes(self, config: ModelConfig) -> list[str]:
         """What a user should know of a model with this config."""

@@ -140,7 +140,7 @@ def fit(trainee: Trainee, train: PictureBatches[Any], hooks: Hooks, progress: Pr
                     if (done := _steps_worth(trainee, progress, total_steps)) >= total_steps:
                         break
                     rates.append(learning_rate(done, total_steps, config))
-                    trainee.make_whole(done < config.dense_fraction * total_steps)
+                    trainee.make_whole(is_whole(done, total_steps, config))
                     size = picture_size(done, total_steps, config, trainee.model.config)
                     try:
                         sums = trainee.step([resized(batch, size) for batch in window], rates[-1])
@@ -157,6 +157,8 @@ def fit(trainee: Trainee, train: PictureBatches[Any], hooks: Hooks, progress: Pr
                         raise StopRequested(received)
                 clock.read(wait=True)
             averages = _finite_means(fabric, progress)
+            # By what is done now, not by the last step: a run that goes on from here had none.
+            trainee.make_whole(is_whole(_steps_worth(trainee, progress, total_steps), total_steps, config))
             # From the first rank: all must agree on what is best, and on when to stop.
             validation = fabric.broadcast(hooks.validate())
             _finish_epoch(progress, rates, averages, validation)
@@ -204,6 +206,11 @@ def _steps_worth(trainee: Trainee, progress: Progress, total_steps: int) -> floa
         return progress.step
     seconds = float(total(trainee.fabric, torch.tensor(progress.seconds), mean=True))
     return max(progress.step, seconds / limit * total_steps)
+
+
+def is_whole(step: float, total_steps: int, config: TrainingConfig) -> bool:
+    """Whether a routed pool is one FFN in optimizer step `step` (from 0), and where that many are done."""
+    return step < config.dense_fraction * total_steps
 
 
 def seconds_left(

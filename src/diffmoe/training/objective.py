@@ -89,15 +89,14 @@ class Trainee:
         self, fabric: Fabric, model: Head, config: TrainingConfig, super_classes: Tensor | None = None
     ) -> None:
         self.fabric, self.model, self.config = fabric, model, config
-        if config.dense_fraction > 0:
-            for pool in _pools(model):
-                pool.make_alike()
         objective = Objective(model, config.label_smoothing, super_classes)
         compiled = cast(nn.Module, torch.compile(objective)) if config.compile else objective
         self.objective, self.optimizer = fabric.setup(compiled, make_optimizer(model, config))
         has_routers = model.config.balance_bias_rate > 0 and not model.config.dense
         self.routers = model.backbone.routers() if has_routers else {}
         self.averages = Averages(model, config.ema_decay) if config.ema_decay > 0 else None
+        models = dict.fromkeys((model, self.evaluated))
+        self.pools = [module for one in models for module in one.modules() if isinstance(module, GeneralExperts)]
 
     @property
     def evaluated(self) -> Head:
@@ -105,15 +104,9 @@ class Trainee:
         return self.model if self.averages is None else self.averages.model
 
     def make_whole(self, whole: bool) -> None:
-        """Let each pool compute one layer for all tokens, or each token's experts: dense first, then split.
-
-        While it is whole, its experts get equal gradients and stay copies of each other: AdamW and Muon, which look at
-        no gradient's size, move them as they would move that one layer. So nothing is changed at the split, and the
-        router makes them differ from there on.
-        """
-        for model in dict.fromkeys((self.model, self.evaluated)):
-            for pool in _pools(model):
-                pool.is_whole = whole
+        """Whether each routed pool is one FFN: of the model, and of the averages."""
+        for pool in self.pools:
+            pool.whole = whole
 
     def step(self, window: Sequence[Sequence[Tensor]], rate: float) -> Sums:
         """One optimizer step on a window of batches, as on one batch of them all, ragged or not.
@@ -159,10 +152,6 @@ class Trainee:
         for name, router in self.routers.items():
             if name in loads:
                 router.update_balance_bias(total(self.fabric, loads[name]), self.model.config.balance_bias_rate)
-
-
-def _pools(model: Head) -> list[GeneralExperts]:
-    return [module for module in model.modules() if isinstance(module, GeneralExperts)]
 
 
 def _add(sums: Sums, step: Step, pictures: int, targets: Tensor) -> None:

@@ -43,16 +43,23 @@ class AttentiveRouter(Router):
             nn.init.zeros_(self.noise.weight)
 
     @torch.no_grad()
-    def start_at(self, centroids_ED: Tensor) -> None:
-        """Give each expert a direction of its own among tokens: that of its centroid (E, D) from the mean of them all.
+    def start_at(self, centroids: Tensor) -> None:
+        """Start anew, from clusters of tokens: the nearer a token is to an expert's centroid, the larger its logit.
 
-        The logits of the centroids themselves have unit variance, as fresh ones have.
+        A token x has the logits x · c_e / |c_e|, less their mean over the experts, which changes no choice. The nearest
+        centroid, by angle, has the largest. They are scaled so that those of the centroids themselves have unit
+        variance, as a fresh router's. Cluster-aware upcycling (arXiv 2604.13508) starts routers so.
+
+        Args:
+            centroids: (E, D), means of tokens such as `forward` gets.
         """
-        away_ED = centroids_ED - centroids_ED.mean(0)
-        toward_ED = F.normalize(away_ED, dim=-1)
-        toward_ED = toward_ED / (away_ED @ toward_ED.T).std().clamp_min(1e-6)
-        nn.init.orthogonal_(self.keys)
-        self.query.weight.copy_(self.keys.T @ toward_ED.to(self.keys) * self.keys.shape[1] ** 0.5)
+        self.reset_parameters()
+        directions = F.normalize(centroids, dim=-1)
+        directions = directions - directions.mean(0)
+        directions = directions / (centroids @ directions.T).std().clamp_min(1e-6)
+        # The keys stay orthonormal; of the queries only what meets them is set.
+        keys, query = self.keys, self.query.weight
+        query += keys.T @ (directions.to(query) * keys.shape[1] ** 0.5 - keys @ query)
 
     def score(self, x: Tensor) -> Tensor:
         """(..., D) float32 -> logits (..., E), with noise in training where there is any."""

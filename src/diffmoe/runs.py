@@ -34,7 +34,7 @@ from diffmoe.evaluation.history import first_experts, flutter, routing_metrics
 from diffmoe.files import check_outside_data, check_writable, write_atomically
 from diffmoe.hardware import Threads, machine, pick_device, tuned
 from diffmoe.model.heads import Head
-from diffmoe.model.moe import GeneralExperts
+from diffmoe.model.moe import routed_pools
 from diffmoe.model.parameters import parameter_counts
 from diffmoe.storage.model_files import DataInfo, load_model_file
 from diffmoe.storage.run_files import RunFiles
@@ -264,7 +264,7 @@ def _start_from(settings: Settings, model: Head, data: Dataset, tell: Tell) -> N
     """What a new model has before it is trained: whitened pictures, pretrained weights, experts alike."""
     if settings.run.resume:
         return
-    pools = [module for module in model.modules() if isinstance(module, GeneralExperts)]
+    pools = routed_pools(model).values()
     if settings.training.dense_fraction > 0:
         for pool in pools:
             pool.make_alike()

@@ -34,13 +34,13 @@ ALIKE = {
     *("patience", "max_seconds", "seed", "device", "num_devices", "precision"),
 }
 """Fields that arms must have in common: the data, its order, the steps and their schedule."""
-OF_POOLS = ("dense_fraction",)
-"""Fields of training that do nothing where a model is dense."""
 OWN_WITH_SECONDS = {
     *("epochs", "batch_size", "accumulation_steps"),
     *("crop_padding", "flip", "alternate_flip", "erase", "cutout", "mixup", "cutmix"),
 }
 """But for these where arms have equal time: each may use it as suits it."""
+OF_POOLS = ("dense_fraction",)
+"""Fields of training that do nothing where a model is dense."""
 OF_PICTURES = (
     *("img_size", "patch_size", "in_channels", "stem_width", "embed_dim", "num_heads", "img_encoder_layers"),
     "num_classes",

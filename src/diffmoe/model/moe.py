@@ -181,3 +181,8 @@ class GeneralExperts(nn.Module):
             raise FloatingPointError(
                 "the router's gates are not finite: training diverged, or the input has nan or inf"
             )
+
+
+def routed_pools(model: nn.Module) -> dict[str, GeneralExperts]:
+    """All routed pools in a model, by the names of the modules; empty where it is dense."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, GeneralExperts)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from diffmoe.model.moe import GeneralExperts
+from diffmoe.model.moe import routed_pools
 from diffmoe.model.routers import Mixer
 
 
@@ -13,8 +13,8 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     total = sum(parameter.numel() for parameter in model.parameters())
     idle = sum(
         sum(stack.numel() for stack in pool.weights) * (len(pool.gain) - pool.router.top_k) // len(pool.gain)
-        for pool in model.modules()
-        if isinstance(pool, GeneralExperts) and not isinstance(pool.router, Mixer)
+        for pool in routed_pools(model).values()
+        if not isinstance(pool.router, Mixer)
     )
     return total, total - idle
 

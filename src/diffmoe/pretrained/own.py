@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from diffmoe.config import UserError
 from diffmoe.model.heads import Classifier, Head
 from diffmoe.model.layers import Expert, evaluating
-from diffmoe.model.moe import GeneralExperts
+from diffmoe.model.moe import GeneralExperts, routed_pools
 from diffmoe.model.routers import AttentiveRouter, Mixer
 from diffmoe.model.routers.attentive import PictureRouter
 from diffmoe.model.routers.base import mean_token
@@ -86,7 +86,7 @@ def start_from_own(model: Head, source: str, pictures: Tensor | None = None) -> 
         own, other = getattr(model.config, name), getattr(theirs.config, name)
         if own != other:
             raise UserError(f"init is {source!r}: its {name} is {other!r}, this model's {own!r}: give --{name} {other}")
-    modules, pools = dict(theirs.named_modules()), dict(_pools(model))
+    modules, pools = dict(theirs.named_modules()), routed_pools(model)
     upcycled: dict[str, Upcycled] = {}
     for name, pool in pools.items():
         ffn = modules.get(name)
@@ -162,10 +162,6 @@ def gates_sum(pool: GeneralExperts) -> float:
     shape, generator = (DRAWS, len(pool.gain)), torch.Generator().manual_seed(0)
     logits = torch.randn(shape, generator=generator, dtype=torch.float64)
     return float(router.choose(logits, None).gates.sum(-1).mean())
-
-
-def _pools(model: nn.Module) -> list[tuple[str, GeneralExperts]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, GeneralExperts)]
 
 
 def _copy(model: Head, theirs: Mapping[str, Tensor], upcycled: Mapping[str, Upcycled]) -> list[Part]:

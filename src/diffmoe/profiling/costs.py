@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffmoe.model.experts import ExpertWeights
 from diffmoe.model.heads import Head
 from diffmoe.model.layers import evaluating
-from diffmoe.model.moe import GeneralExperts
+from diffmoe.model.moe import routed_pools
 from diffmoe.model.outputs import TextFeatures
 from diffmoe.model.routing import Plan
 from diffmoe.profiling.parts import METHODS, ORDER, count_by_part, module_parts
@@ -144,7 +144,7 @@ def flops_per_image(model: Head, draw: Callable[[int], Batch]) -> int:
 
     Of a routed pool the slots that have an expert count, and no row that only fills a product up.
     """
-    pools = [module for module in model.modules() if isinstance(module, GeneralExperts)]
+    pools = list(routed_pools(model).values())
     dispatches = [pool.dispatch for pool in pools]
     with evaluating(model), torch.no_grad():
         classes = model.class_features()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from diffmoe.config import TrainingConfig
 from diffmoe.model.heads import Classifier, Head
-from diffmoe.model.moe import GeneralExperts
+from diffmoe.model.moe import routed_pools
 from diffmoe.training.averages import Averages
 from diffmoe.training.optimizer import make_optimizer
 from diffmoe.training.parallel import total
@@ -96,7 +96,7 @@ class Trainee:
         self.routers = model.backbone.routers() if has_routers else {}
         self.averages = Averages(model, config.ema_decay) if config.ema_decay > 0 else None
         models = dict.fromkeys((model, self.evaluated))
-        self.pools = [module for one in models for module in one.modules() if isinstance(module, GeneralExperts)]
+        self.pools = [pool for one in models for pool in routed_pools(one).values()]
 
     @property
     def evaluated(self) -> Head:

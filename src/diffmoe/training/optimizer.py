@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import AdamW
 
 from diffmoe.config import TrainingConfig
-from diffmoe.model.moe import GeneralExperts
+from diffmoe.model.moe import routed_pools
 from diffmoe.training.muon import Muon
 
 MOMENTUM = 0.95
@@ -40,7 +40,7 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> AdamW:
     Weight decay is on matrices only: not on biases, norms, embeddings or positions. Each parameter group has its
     `scale`: its peak learning rate over `lr`.
     """
-    pools = [module for module in model.modules() if isinstance(module, GeneralExperts)]
+    pools = routed_pools(model).values()
     experts = {id(weight) for pool in pools for weight in pool.parameters()}
     experts -= {id(weight) for pool in pools for weight in pool.router.parameters()}
     groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}

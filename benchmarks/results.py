@@ -43,7 +43,7 @@ HEAD = f"""# Results
 
 Made by `python benchmarks/results.py` from `benchmarks/results/`; no figure is written by hand. A value is a mean over
 seeds ± their standard deviation (n - 1) on the test split, which was read once a run. A difference is the first arm
-less the second, seed by seed, in points where it is of a share; p is the paired t-test's, two-sided. FLOPs are those of
+less another, seed by seed, in points where it is of a share; p is the paired t-test's, two-sided. FLOPs are those of
 one more picture up to the answer, two for each multiply-add of a product or a convolution. Load is an expert's, over
 its fair share, the least and the most of all blocks and seeds at the end; flutter the share of a sample's tokens whose
 first expert changed in the last epoch. Seconds are of training alone, on the machine that is named.

@@ -112,12 +112,13 @@ def test_views_are_averaged_where_that_is_asked_for_without_another_training(
     cli: Cli, flags: list[Any], tmp_path: Path
 ) -> None:
     def compared(*more: str) -> dict[str, Any]:
-        result = cli(*flags, "--seeds", 1, "--json", *more)
+        result = cli(*flags, "--seeds", 1, "--json", "--arms", "dense", "moe", "by-place:router=hash", *more)
         assert (result.code, result.err) == (0, "")
         return json.loads(result.out)
 
     plain, averaged = compared(), compared("--tta", "flip")
     assert "test_accuracy_tta" not in json.dumps(plain)
+    assert [(row["a"], row["b"]) for row in plain["differences"]] == [("dense", "moe"), ("dense", "by-place")]
     assert {row["metric"] for row in plain["differences"]} == {"test_accuracy"}
     assert {row["metric"] for row in averaged["differences"]} == {"test_accuracy", "test_accuracy_tta"}
     for name, arm in averaged["arms"].items():

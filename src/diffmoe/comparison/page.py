@@ -100,7 +100,7 @@ def arm_table(found: Mapping[str, Any]) -> Table:
 
 
 def difference_table(found: Mapping[str, Any]) -> Table:
-    """A row for each pair of arms and each metric."""
+    """A row for each metric and each arm that the first one is compared with."""
     rows: list[Sequence[str]] = [(say("arms"), say("metric"), say("difference"), say("95% interval"), "p")]
     for row in found["differences"]:
         interval = "" if row["ci95"] is None else " … ".join(signed(end, row["metric"]) for end in row["ci95"])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,6 +151,41 @@ def test_several_at_once_are_processes_that_tell_what_went_wrong(cli: Cli, flags
     result = cli(*flags, "--seeds", 1, "--jobs", 2, "--lr", 1e30, "--clip_norm", 0)
     assert (result.code, result.err.count("\n")) == (2, 1)
     assert "seed 3: the loss is nan" in result.err or "seed 3: the loss is inf" in result.err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_one_that_dies_leaves_no_process_and_loses_no_epoch(cli: Cli, flags: list[Any], tmp_path: Path) -> None:
+    """Killed with -9, it can tell its processes nothing: they see it themselves, save and end."""
+    words = [str(word) for word in (*flags, "--epochs", 12, "--seeds", 1, "--jobs", 2)]
+    runs_of = tmp_path / "runs" / "compare" / "digits"
+    with subprocess.Popen([sys.executable, "-m", "diffmoe", *words], stdout=subprocess.DEVNULL) as parent:
+        waited_for(lambda: any(runs_of.glob("*/seed3/digits/last.ckpt")))
+        threads = Path(f"/proc/{parent.pid}/task").glob("*/children")
+        children = [child for thread in threads for child in thread.read_text("utf-8").split()]
+        parent.kill()
+    assert len(children) == 2
+    waited_for(lambda: not any(Path("/proc", child).exists() for child in children))
+    seconds = {arm: seconds_of(runs_of / arm) for arm in ("moe", "dense")}
+    assert any(seconds.values())
+    result = cli(*words)
+    assert (result.code, result.err) == (0, "")
+    for arm, before in seconds.items():
+        assert seconds_of(runs_of / arm)[: len(before)] == before
+        assert len(seconds_of(runs_of / arm)) == 12
+
+
+def seconds_of(arm: Path) -> list[float]:
+    """At the end of each epoch: no two trainings have the same."""
+    files = RunFiles("digits", str(arm / "seed3"))
+    return [row["seconds"] for row in files.read_history()]
+
+
+def waited_for(is_so: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_health_is_the_worst_load_and_the_mean_flutter() -> None:

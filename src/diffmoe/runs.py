@@ -265,7 +265,7 @@ def _start_from(settings: Settings, model: Head, data: Dataset, tell: Tell) -> N
     if settings.run.resume:
         return
     pools = routed_pools(model).values()
-    if settings.training.dense_fraction > 0:
+    if settings.training.dense_fraction > 0 or settings.training.expert_sharing > 0:
         for pool in pools:
             pool.make_alike()
     if settings.model.patch_embed == "whitened":

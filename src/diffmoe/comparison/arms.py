@@ -39,7 +39,7 @@ OWN_WITH_SECONDS = {
     *("crop_padding", "flip", "alternate_flip", "erase", "cutout", "mixup", "cutmix"),
 }
 """But for these where arms have equal time: each may use it as suits it."""
-OF_POOLS = ("dense_fraction",)
+OF_POOLS = ("dense_fraction", "expert_sharing", "expert_lr_scale")
 """Fields of training that do nothing where a model is dense."""
 OF_PICTURES = (
     *("img_size", "patch_size", "in_channels", "stem_width", "embed_dim", "num_heads", "img_encoder_layers"),

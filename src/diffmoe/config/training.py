@@ -27,6 +27,10 @@ class TrainingConfig:
     """Peak learning rate of Muon."""
     expert_lr_scale: float = 1.0
     """Learning rate of the routed experts, over that of the rest."""
+    expert_sharing: float = 0.0
+    """How much of what the other experts of its pool are taught each routed expert learns too: its gradient is its own
+    times 1 less this, and this times the sum of all. They start as copies of one, which at 1 they stay; what is their
+    own they learn the slower. No effect where a model is dense. 0 is off."""
     weight_decay: float = 0.01
     """Weight decay of matrices; norms, biases and embeddings get none."""
     warmup_fraction: float = 0.05
@@ -65,7 +69,8 @@ class TrainingConfig:
             check(getattr(self, name) > 0, name, getattr(self, name), "over 0")
         check_fraction(self, "warmup_fraction", "ema_decay", "dense_fraction", "label_smoothing")
         check(0 < self.start_size <= 1, "start_size", self.start_size, "over 0 and at most 1")
-        check(0 <= self.final_lr_fraction <= 1, "final_lr_fraction", self.final_lr_fraction, "from 0 to 1")
+        for name in ("final_lr_fraction", "expert_sharing"):
+            check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "from 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -95,6 +95,20 @@ class GeneralExperts(nn.Module):
         for stack in self.weights:
             stack.copy_(stack[:1].expand_as(stack).clone())
 
+    @torch.no_grad()
+    def share_gradients(self, share: float) -> None:
+        """Let each expert learn from the others' tokens: its gradient G becomes (1 - share) G + share * (sum of all).
+
+        Copies of one that share all stay copies, and are taught as one FFN that sees every token. With less they are
+        such an FFN and what each has of its own, which learns slower than they have in common; so no expert needs to
+        learn again, from a part of the tokens, what is true of all. Akin to averaging the experts a little at every
+        step (Huang et al. 2023, "Experts Weights Averaging", arXiv 2308.06093).
+        """
+        for stack in self.weights:
+            if stack.grad is not None:
+                of_all = stack.grad.sum(0, keepdim=True)
+                stack.grad.mul_(1 - share).add_(of_all, alpha=share)
+
     @property
     def is_alike(self) -> bool:
         """Whether all experts are copies of one."""

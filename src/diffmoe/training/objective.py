@@ -134,6 +134,9 @@ class Trainee:
             _add(sums, step, pictures[number], targets[number])
             for name, load in step.loads.items():
                 loads[name] = loads.get(name, 0) + load
+        if self.config.expert_sharing > 0:
+            for pool in routed_pools(self.model).values():
+                pool.share_gradients(self.config.expert_sharing)
         if self.config.clip_norm > 0:
             fabric.clip_gradients(
                 self.objective, self.optimizer, max_norm=self.config.clip_norm, error_if_nonfinite=False

@@ -273,7 +273,8 @@ def _start_from(settings: Settings, model: Head, data: Dataset, tell: Tell) -> N
     if settings.run.init is not None:
         from diffmoe.pretrained import start_from
 
-        for line in start_from(model, settings.run.init, _first_pictures(data, ROUTED_SAMPLE, ROUTED_VALUES)):
+        pictures = _first_pictures(data, ROUTED_SAMPLE, ROUTED_VALUES)
+        for line in start_from(model, settings.run.init, pictures, data.class_names):
             tell(line)
     if settings.training.dense_fraction > 0 and not all(pool.is_alike for pool in pools):
         raise UserError(

@@ -183,6 +183,23 @@ class TestModels:
         assert model.class_tokens is not None
         assert torch.equal(model.class_tokens, TOKENS[1:])
 
+    def test_the_rows_of_classes_of_the_same_name_are_copied(self, tmp_path: Path) -> None:
+        file = save(source := trained(MOE), tmp_path / "m.pth")  # of a, b, c
+        model = classifier(MOE)
+        before = model.head.weight.clone()
+        assert "head: copied, 2 of 3 classes, by name" in start_from(model, file, class_names=("c", "new", "a"))
+        expected = torch.stack([source.head.weight[2], before[1], source.head.weight[0]])
+        assert torch.equal(model.head.weight, expected)
+        more = ImageClassifier(replace(MOE, num_classes=4), TOKENS[[0, 1, 2, 0]])
+        assert "head: copied, 1 of 4 classes, by name" in start_from(more, file, class_names=("x", "b", "y", "z"))
+        assert torch.equal(more.head.bias[1], source.head.bias[1])
+        other = classifier(MOE)
+        before = other.head.weight.clone()
+        assert "head: skipped, the classes are others" in start_from(other, file, class_names=("x", "y", "z"))
+        assert torch.equal(other.head.weight, before)
+        same = classifier(MOE)
+        assert "head: copied, all of it" in start_from(same, file, class_names=("a", "b", "c"))
+
     def test_positions_of_another_grid_are_interpolated(self, tmp_path: Path) -> None:
         source, model = trained(MOE), classifier(replace(MOE, img_size=16, max_text_len=12))
         lines = start_from(model, save(source, tmp_path / "m.pth"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +24,7 @@ from diffmoe.model.routers import AttentiveRouter, Mixer
 from diffmoe.model.routers.attentive import PictureRouter
 from diffmoe.model.routers.base import mean_token
 from diffmoe.pretrained.parts import Part
-from diffmoe.storage.model_files import load_model
+from diffmoe.storage.model_files import load_model_file
 
 CLUSTERED_TOKENS = 8192
 """Tokens of a pool that are clustered, at most."""
@@ -60,10 +60,13 @@ class Upcycled(NamedTuple):
 
 
 @torch.no_grad()
-def start_from_own(model: Head, source: str, pictures: Tensor | None = None) -> list[str]:
+def start_from_own(
+    model: Head, source: str, pictures: Tensor | None = None, class_names: Sequence[str] = ()
+) -> list[str]:
     """Copy into `model` what has a name and a shape in common with the model in a file; the rest keeps its own start.
 
     - What the data decides is no weight and stays: the descriptions of the classes, the words that can be written.
+    - Of the classes' head the rows of those of the same name are copied.
     - `image_position` of another grid is interpolated (bicubic); of `text_position` the first rows are copied.
     - Where the file's block is dense and ours has a routed pool, the pool is made of that FFN: see `upcycle`. Its
       router, where it learns, starts at clusters of the tokens that reach the pool when the new model, in evaluation
@@ -73,6 +76,7 @@ def start_from_own(model: Head, source: str, pictures: Tensor | None = None) -> 
         model: changed in place; not at all where this raises.
         source: a model file.
         pictures: (B, C, H, W) float, normalised; None clusters nothing.
+        class_names: of the model's classes; empty: they are those of the file, where there are as many.
 
     Returns:
         A line for each part, copied or skipped, and why.
@@ -81,7 +85,8 @@ def start_from_own(model: Head, source: str, pictures: Tensor | None = None) -> 
         UserError: for a file that is missing, damaged or of another kind, where nothing of it fits, or what fits would
             compute something else.
     """
-    theirs = load_model(source)
+    file = load_model_file(source)
+    theirs = file.model
     for name in ALIKE if theirs.config.architecture == model.config.architecture else ():
         own, other = getattr(model.config, name), getattr(theirs.config, name)
         if own != other:
@@ -92,7 +97,8 @@ def start_from_own(model: Head, source: str, pictures: Tensor | None = None) -> 
         ffn = modules.get(name)
         if isinstance(ffn, Expert) and ffn.fc1.in_features == pool.embed_dim:
             upcycled[name] = upcycle(pool, ffn, theirs.config.dense_scale)
-    parts = _copy(model, theirs.state_dict(), upcycled)
+    places = _places(class_names, file.data.class_names) if class_names and file.data.class_names else None
+    parts = _copy(model, theirs.state_dict(), upcycled, places)
     if not any(part.copied for part in parts):
         raise UserError(f"init is {source!r}: nothing of it fits this model ({parts[0].name}: {parts[0].how})")
     lines = [str(part) for part in parts]
@@ -164,8 +170,17 @@ def gates_sum(pool: GeneralExperts) -> float:
     return float(router.choose(logits, None).gates.sum(-1).mean())
 
 
-def _copy(model: Head, theirs: Mapping[str, Tensor], upcycled: Mapping[str, Upcycled]) -> list[Part]:
-    """By name; the tensors of upcycled pools are done."""
+def _places(ours: Sequence[str], theirs: Sequence[str]) -> dict[int, int] | None:
+    """Of each class of ours that they have too, where it is in theirs; None where all are the same."""
+    if tuple(ours) == tuple(theirs):
+        return None
+    return {number: theirs.index(name) for number, name in enumerate(ours) if name in theirs}
+
+
+def _copy(
+    model: Head, theirs: Mapping[str, Tensor], upcycled: Mapping[str, Upcycled], places: dict[int, int] | None
+) -> list[Part]:
+    """By name; the tensors of upcycled pools are done. `places` are where our classes are among theirs, if others."""
     ours = model.state_dict()
     # Whole numbers are of the data: the descriptions of the classes, the words.
     names = [name for name, value in ours.items() if value.is_floating_point()]
@@ -180,9 +195,28 @@ def _copy(model: Head, theirs: Mapping[str, Tensor], upcycled: Mapping[str, Upcy
         if part == "output_bias" and other_words:
             parts.append(Part(part, False, "the words that can be written are others"))
             continue
+        if part == "head" and places is not None:
+            parts.append(_copy_classes({name: (ours[name], theirs.get(name)) for name in left}, places))
+            continue
         how_copied = {name: _copy_tensor(name, ours[name], theirs.get(name)) for name in left}
         parts.append(_told(part, how_copied, made))
     return parts
+
+
+def _copy_classes(pairs: Mapping[str, tuple[Tensor, Tensor | None]], places: Mapping[int, int]) -> Part:
+    """Of the head the rows of the classes that both models have."""
+    if not places:
+        return Part("head", False, "the classes are others")
+    for name, (ours, theirs) in pairs.items():
+        if theirs is None or theirs.shape[1:] != ours.shape[1:]:
+            told = ABSENT if theirs is None else f"is {_shape(ours)} here and {_shape(theirs)} in the file"
+            return Part("head", False, f"{name.removeprefix('head.')} {told}")
+    count = 0
+    for ours, theirs in pairs.values():
+        assert theirs is not None
+        count = len(ours)
+        ours[list(places)] = theirs[list(places.values())]
+    return Part("head", True, f"{len(places)} of {count} classes, by name")
 
 
 def _part_of(name: str) -> str:

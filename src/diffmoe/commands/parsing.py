@@ -19,6 +19,7 @@ from diffmoe.config.settings import parse_field
 
 log = logging.getLogger(__name__)
 
+PICTURE_FILES = "picture files of any size and kind"
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
@@ -80,11 +81,11 @@ class Parser(argparse.ArgumentParser):
         return "\n".join(told)
 
 
-def model_parser(command: str, description: str, images: str | None = None) -> Parser:
-    """A parser with the flags that all uses of a model share."""
+def model_parser(command: str, description: str, images: str | None = None, what: str = PICTURE_FILES) -> Parser:
+    """A parser with the flags that all uses of a model share; `what` the `images` may be, for the help."""
     parser = Parser(command, description)
     if images:
-        parser.add_argument("images", nargs=images, metavar="IMAGE", help="picture files of any size and kind")
+        parser.add_argument("images", nargs=images, metavar="IMAGE", help=what)
     parser.add_argument(
         "--checkpoint", required=True, type=expanded, help="model file, such as checkpoints/cifar10_model.pth"
     )
@@ -136,7 +137,7 @@ def _json(results: Any) -> str:
 def print_predictions(rows: list[dict[str, Any]]) -> None:
     """The rows of `predict` and `zero-shot`."""
     for row in rows:
-        print(row["image"])
+        print(row.get("error") or row["image"] + ("  unsure" if row.get("unsure") else ""))
         for name, title in (("predictions", ""), ("with_text", "  with the text:")):
             if title and name in row:
                 print(title)

@@ -92,7 +92,7 @@ class FolderSource:
                     f"a split must be called {', '.join(SPLIT_ALIASES)}"
                 )
         for folder in self.splits.values():
-            if loose := sum(_is_picture(path.name) for path in _entries(folder)):
+            if loose := sum(is_picture(path.name) for path in _entries(folder)):
                 yield f"{folder} has pictures beside its class folders ({loose:,}), which are not read"
             unread = Counter(os.path.splitext(name)[1].lower() for name in _list_files(folder, folder, UNREAD_SUFFIXES))
             for suffix, count in sorted(unread.items()):
@@ -127,7 +127,7 @@ def has_train_classes(root: Path) -> bool:
 
 def picture_folders(root: Path) -> list[Path]:
     """The folders in `root` with pictures, not those with pictures only deeper in them."""
-    return [folder for folder in _subfolders(root) if any(_is_picture(path.name) for path in _entries(folder))]
+    return [folder for folder in _subfolders(root) if any(is_picture(path.name) for path in _entries(folder))]
 
 
 def _named(root: Path, split: str) -> list[Path]:
@@ -253,8 +253,9 @@ def _is_hidden(folder_name: str) -> bool:
     return folder_name.startswith(".") or folder_name in _SYSTEM_FOLDERS
 
 
-def _is_picture(name: str) -> bool:
-    return _has_suffix(name, PICTURE_SUFFIXES)
+def is_picture(path: str) -> bool:
+    """Whether a file so called is read as a picture."""
+    return _has_suffix(os.path.basename(path), PICTURE_SUFFIXES)
 
 
 def _has_suffix(name: str, suffixes: tuple[str, ...]) -> bool:

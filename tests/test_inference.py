@@ -109,7 +109,7 @@ class TestClassify:
         assert isinstance(classifier.model, ImageClassifier)
         images = classifier.prepare(torch.stack([classifier.picture.read(path) for path in drawn]))
         with torch.no_grad():
-            expected = classifier.model(images)["logits"].softmax(-1)
+            expected = (classifier.model(images)["logits"] / classifier.temperature).softmax(-1)
         torch.testing.assert_close(classifier.probabilities(drawn), expected, rtol=0, atol=1e-6)
         for row, probabilities in zip(classifier.classify(drawn, top=99), expected, strict=True):
             said = {found["class"]: found["probability"] for found in row["predictions"]}
@@ -117,13 +117,24 @@ class TestClassify:
             assert sum(said.values()) == pytest.approx(1, abs=1e-5)
         assert [len(row["predictions"]) for row in classifier.classify(drawn)] == [5] * len(drawn)
 
+    def test_is_as_sure_as_the_temperature_of_the_file_lets_it(
+        self, classifier: Predictor, drawn: list[Path], tmp_path: Path
+    ) -> None:
+        save_model(tmp_path / "m.pth", classifier.model, classifier.info, temperature=3.0)
+        unsure = Predictor(tmp_path / "m.pth", "cpu")
+        assert unsure.temperature == 3
+        raw = classifier.temperature * classifier.probabilities(drawn).double().log()
+        torch.testing.assert_close(unsure.probabilities(drawn).double(), (raw / 3).softmax(-1), rtol=0, atol=1e-6)
+
     @pytest.mark.parametrize(("tta", "count"), [("flip", 2), ("flip_shift", 6)])
     def test_is_the_mean_over_the_views(self, classifier: Predictor, small: list[Path], tta: str, count: int) -> None:
         images = classifier.prepare(torch.stack([classifier.picture.read(path) for path in small]))
         seen = list(views(images, tta))
         assert len(seen) == count
         with torch.no_grad():
-            expected = torch.stack([classifier.model(view)["logits"].softmax(-1) for view in seen]).mean(0)
+            expected = torch.stack(
+                [(classifier.model(view)["logits"] / classifier.temperature).softmax(-1) for view in seen]
+            ).mean(0)
         found = classifier.probabilities(small, tta=tta)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
         assert not torch.allclose(found, classifier.probabilities(small), rtol=0, atol=1e-6)

@@ -61,7 +61,7 @@ class Predictor:
         use_fast_matmul()
         self.checkpoint = str(checkpoint)
         self.model = loaded.model.to(self.device)
-        self.info, self.picture = loaded.data, loaded.picture
+        self.info, self.picture, self.temperature = loaded.data, loaded.picture, loaded.temperature
         self.task = task_of_model(self.model)
 
     @property
@@ -109,12 +109,15 @@ class Predictor:
     def probabilities(self, pictures: Pictures, tta: str = "none") -> Tensor:
         """Of each class, (N, classes) float32 on the CPU; their mean over the `views` that `tta` names.
 
+        softmax(logits / temperature), where the file's temperature says how sure a model may be: fitted on validation.
         Raises `UserError` where the model has no classes, or `tta` is none of them.
         """
         chunks: list[Tensor] = []
         with torch.inference_mode():
             for part in self._batches(pictures):
-                by_view = [self.task.classify(self.model, view, self.classes) for view in views(part, tta)]
+                by_view = [
+                    self.task.classify(self.model, view, self.classes, self.temperature) for view in views(part, tta)
+                ]
                 chunks.append(torch.stack(by_view).mean(0))
         return torch.cat(chunks).clone()
 
@@ -165,7 +168,7 @@ class Predictor:
         with torch.inference_mode():
             told: list[dict[str, object]] = []
             for part in self._batches(pictures):
-                told += self.task.compare(self.model, part, text, self.classes)
+                told += self.task.compare(self.model, part, text, self.classes, self.temperature)
         for row, more in zip(rows, told, strict=True):
             row |= {name: self._ranked(v, top) if isinstance(v, Tensor) else v for name, v in more.items()}
         return self._rows(pictures, rows)

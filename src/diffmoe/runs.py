@@ -113,7 +113,7 @@ def train_run(settings: Settings, tell: Tell = print) -> dict[str, Any]:
         # Weights are equal on all ranks; dropout and the descriptions drawn from here on are not.
         torch.manual_seed(seed + 1 + fabric.global_rank)
         shared = _shared(settings, model, data, fabric)
-        progress = load_run(files.last, trainee, shared) if settings.run.resume else Progress()
+        progress = load_run(files.last, trainee, shared, told) if settings.run.resume else Progress()
         _introduce(task, model, data, fabric, told)
         _tell_of_threads(threads, fabric, told)
         info, config = DataInfo.of(data, settings.data), _config_file(settings, files)
@@ -176,7 +176,7 @@ def test_run(settings: Settings, tell: Tell = print, draw: bool = True) -> dict[
         if settings.mode == "test":  # after training it was told
             _tell_of_threads(threads, fabric, tell)
         runtime = Runtime(fabric.device, settings.data.num_workers, fabric.autocast)
-        tested = task.test(model.to(fabric.device), data, runtime, settings)
+        tested = task.test(model.to(fabric.device), data, runtime, settings, loaded.temperature)
         files.update_metrics({"dataset": data.name, "mode": settings.mode, **parameter_counts(model), **tested.metrics})
         if draw:
             _draw(tested.figures, files, pictures, settings, task)

@@ -18,6 +18,7 @@ from diffmoe.evaluation.classification import (
     calibration_bins,
     calibration_error,
     classification_metrics,
+    fit_temperature,
     pick_examples,
     predict,
 )
@@ -147,6 +148,37 @@ class TestCalibration:
         assert (binned.confidence[filled] >= edges[:-1][filled]).all()
         assert (binned.confidence[filled] <= edges[1:][filled]).all()
         assert binned.accuracy[~filled].isnan().all()
+
+
+class TestTemperature:
+    @pytest.mark.parametrize("true", [0.5, 1.0, 3.0])
+    def test_finds_the_one_by_which_the_answers_were_drawn(self, true: float) -> None:
+        generator = torch.Generator().manual_seed(0)
+        logits = 4 * torch.randn(20_000, 5, generator=generator)
+        labels = (logits / true).softmax(1).multinomial(1, generator=generator)[:, 0]
+        found = fit_temperature(Predictions(logits, labels))
+        assert found == pytest.approx(true, rel=0.05)
+        calibrated = Predictions(logits / found, labels)
+        assert calibration_error(calibrated) < 0.015
+        assert torch.equal(calibrated.predicted, logits.argmax(1))
+
+    def test_no_other_fits_better(self) -> None:
+        made = random_predictions()
+        found = fit_temperature(made)
+
+        def nll(temperature: float) -> float:
+            return nn.functional.cross_entropy(made.logits / temperature, made.labels).item()
+
+        assert all(nll(found) <= nll(found * factor) for factor in (0.9, 0.99, 1.01, 1.1))
+
+    def test_is_within_limits_where_all_are_right(self) -> None:
+        labels = torch.arange(100) % 4
+        sure = Predictions(nn.functional.one_hot(labels, 4).float(), labels)
+        assert fit_temperature(sure) == pytest.approx(0.25, rel=0.01)
+
+    def test_is_1_of_too_few_and_of_what_is_no_number(self) -> None:
+        assert fit_temperature(HAND_MADE) == 1
+        assert fit_temperature(Predictions(torch.full((100, 3), torch.nan), torch.zeros(100).long())) == 1
 
 
 class TinyModel(StubHead):

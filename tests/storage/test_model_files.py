@@ -148,6 +148,10 @@ BAD: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "other shapes": (lambda good: with_config(good, embed_dim=32), "does not fit"),
     "other type": (lambda good: with_config(good, embed_dim="16"), "does not fit"),
     "impossible": (lambda good: with_config(good, top_k=9), "top_k is 9"),
+    **{
+        f"temperature {value}": (lambda good, value=value: changed(good, temperature=value), "temperature is ")
+        for value in (0.0, -1.0, math.nan, math.inf, "1", [1.0])
+    },
     "router of a newer version": (lambda good: with_config(good, router="seer"), "router is 'seer'"),
     **{
         f"weights {value}": (lambda good, value=value: with_weights(good, "head.bias", value), "head.bias holds values")
@@ -286,8 +290,9 @@ class TestCaptioner:
 def test_a_file_without_a_head_is_a_classifier(good, tmp_path):
     assert torch.load(good, weights_only=True)["head"] == "classifier"
     old = tmp_path / "old.pth"
-    old.write_bytes(changed(good.read_bytes(), head=None))
+    old.write_bytes(changed(good.read_bytes(), head=None, temperature=None))
     assert isinstance(load_model(old), ImageClassifier)
+    assert load_model_file(old).temperature == 1
 
 
 FORMAT_1 = Path(__file__).parent / "format_1"

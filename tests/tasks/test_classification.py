@@ -16,6 +16,7 @@ from diffmoe.data.descriptions import class_descriptions
 from diffmoe.data.loading import Dataset, load_dataset
 from diffmoe.data.pictures import PictureSpec
 from diffmoe.data.text import detokenize, tokenize
+from diffmoe.evaluation.classification import Predictions, fit_temperature
 from diffmoe.model.heads import ImageClassifier
 from diffmoe.tasks.base import Runtime
 from diffmoe.tasks.classification import Classification, class_tokens
@@ -55,7 +56,9 @@ def test_validation_is_over_all_pictures_whatever_the_batches(trained: Any, digi
     for batch_size in (1000, 64):
         batches = TASK.batches(model.config, split, digits.picture, batch_size)
         found = TASK.validate(model, batches)
-        assert found == {"val_loss": pytest.approx(float(loss)), "val_accuracy": pytest.approx(float(accuracy))}
+        scores = {"val_loss": float(loss), "val_accuracy": float(accuracy)}
+        best = fit_temperature(Predictions(logits, split.labels))
+        assert found == pytest.approx(scores | {"temperature": best}, rel=1e-4)
     in_order = TASK.in_order(model.config, split, digits.picture, Runtime(torch.device("cpu")))
     assert TASK.validate(model, in_order) == pytest.approx(found)
 

@@ -14,6 +14,7 @@ from tests.training.events import read_events, read_scalars
 
 from diffmoe.config.settings import parse_settings
 from diffmoe.runs import train_run
+from diffmoe.storage.model_files import load_model_file
 from diffmoe.storage.run_files import RunFiles
 from diffmoe.training import saving
 
@@ -42,6 +43,11 @@ class TestMetrics:
         assert [row["epoch"] for row in rows] == ["1", "2"]
         best = max(float(row["val_accuracy"]) for row in rows)
         assert read_metrics(trained.save_dir)["val_accuracy"] == pytest.approx(best, abs=1e-6)
+
+    def test_the_model_file_has_the_temperature_of_its_epoch(self, trained):
+        rows = list(csv.DictReader((trained.save_dir / "digits" / "history.csv").read_text().splitlines()))
+        kept = max(rows, key=lambda row: float(row["val_accuracy"]))
+        assert load_model_file(trained.model).temperature == pytest.approx(float(kept["temperature"]), rel=1e-6)
 
 
 class TestTensorBoard:

@@ -16,6 +16,7 @@ from PIL import Image
 from tests.training.signals import Crash, crash_at, send_at
 from torch import Tensor
 
+from diffmoe.storage.run_files import RunFiles
 from diffmoe.tasks.classification import Classification
 from diffmoe.training import saving
 from diffmoe.training.epoch_log import EpochLog
@@ -152,13 +153,46 @@ class TestExactResume:
         assert_same_run(tmp_path, captioned.save_dir, "drawn")
 
 
+class TestMoreEpochs:
+    """A run that is over, or under way, goes on for more epochs than it began with, and says what that does."""
+
+    def test_a_finished_run_goes_on(self, cli, own_run, tmp_path):
+        flags = [*own_run.flags, "--save_dir", own_run.save_dir, "--resume", "--epochs", 4]
+        files = RunFiles("digits", str(own_run.save_dir))
+        before = files.read_history()
+        result = cli("train", *flags)
+        assert (result.code, result.err) == (0, "")
+        assert (
+            "2 epochs become 4, 2 of which are done: the learning rate goes on where it would be by now" in result.out
+        )
+        after = files.read_history()
+        assert len(after) == 4
+        for old, new in zip(before, after, strict=False):
+            assert {name: new[name] for name in old} == pytest.approx(old, nan_ok=True)
+        assert cli("train", *own_run.flags, "--save_dir", tmp_path, "--epochs", 4).code == 0
+        of_four = RunFiles("digits", str(tmp_path)).read_history()
+        assert [row["lr"] for row in after[2:]] == [row["lr"] for row in of_four[2:]]
+        assert after[2]["lr"] > before[1]["lr"]
+        assert files.read_metrics()["epochs"] == 4
+        assert "epochs: 4" in (own_run.save_dir / "digits" / "config.yaml").read_text("utf-8")
+        again = cli("train", *flags)
+        assert (again.code, "become" in again.out, len(files.read_history())) == (0, False, 4)
+
+    def test_not_where_pools_were_split_after_a_share_of_them(self, cli, tiny_flags, tmp_path):
+        flags = [*tiny_flags, "--dense_fraction", 0.5, "--save_dir", tmp_path]
+        assert cli("train", *flags, "--epochs", 1).code == 0
+        result = cli("train", *flags, "--epochs", 2, "--resume")
+        assert (result.code, result.err.count("\n")) == (2, 1)
+        assert "resume: epochs is 2 but was 1" in result.err
+
+
 class TestRefusal:
     """A run goes on with what it began with, or not at all."""
 
     @pytest.mark.parametrize(
         ("name", "value"),
         [
-            *(("lr", 0.007), ("epochs", 5), ("batch_size", 32), ("embed_dim", 32), ("val_fraction", 0.4), ("seed", 3)),
+            *(("lr", 0.007), ("epochs", 1), ("batch_size", 32), ("embed_dim", 32), ("val_fraction", 0.4), ("seed", 3)),
             ("precision", "bf16-mixed"),
         ],
     )

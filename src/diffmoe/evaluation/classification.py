@@ -5,6 +5,7 @@ Shapes: N pictures, B pictures of one batch, C classes, S bins of confidence.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,6 +21,11 @@ from diffmoe.model.outputs import ClassifierOutput
 
 CALIBRATION_BINS = 15
 """Equal bins of confidence, as in Guo et al. 2017."""
+
+FEWEST_TO_CALIBRATE = 50
+"""Pictures by fewer of which no temperature is told from chance."""
+TEMPERATURES = (0.25, 16.0)
+"""The least and the largest."""
 
 _BELOW_ONE = 1 - 2**-24
 """The largest float32 under 1."""
@@ -139,6 +145,25 @@ def calibration_error(predictions: Predictions, bins: int = CALIBRATION_BINS) ->
     # torchmetrics gives a confidence of exactly 1 a bin of its own after the last; the definition has no such bin.
     probabilities = predictions.probabilities.clamp(max=_BELOW_ONE)
     return multiclass_calibration_error(probabilities, predictions.labels, probabilities.shape[1], bins).item()
+
+
+def fit_temperature(predictions: Predictions) -> float:
+    """The T with which softmax(logits / T) says best how often it is right: that of the least mean cross-entropy (Guo
+    et al. 2017, section 4.2). Over 1 where the model is too sure of itself. No answer changes, only how sure it is.
+
+    From `TEMPERATURES`; 1 of too few predictions, and where a logit is not finite.
+    """
+    from scipy.optimize import minimize_scalar
+
+    if len(predictions.labels) < FEWEST_TO_CALIBRATE or not predictions.logits.isfinite().all():
+        return 1.0
+    logits = predictions.logits.double()
+
+    def loss(log_temperature: float) -> float:
+        return F.cross_entropy(logits / math.exp(log_temperature), predictions.labels).item()
+
+    low, high = map(math.log, TEMPERATURES)
+    return math.exp(minimize_scalar(loss, bounds=(low, high), method="bounded").x)
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,8 @@ class ModelFile:
     model: Head
     """On the CPU, in evaluation mode."""
     data: DataInfo
+    temperature: float
+    """What a classifier's logits are divided by, to be as sure as it is right; 1 where nothing is known."""
 
     @property
     def picture(self) -> PictureSpec:
@@ -101,8 +103,14 @@ class ModelFile:
         return PictureSpec(config.img_size, config.in_channels, self.data.mean, self.data.std)
 
 
-def save_model(path: Path, model: Head, data: DataInfo, state: Mapping[str, torch.Tensor] | None = None) -> None:
-    """Write a model with the config that made it and what it needs to know of its data.
+def save_model(
+    path: Path,
+    model: Head,
+    data: DataInfo,
+    state: Mapping[str, torch.Tensor] | None = None,
+    temperature: float = 1.0,
+) -> None:
+    """Write a model with the config that made it, what it needs to know of its data, and its temperature.
 
     `state` is its state dict where it had to be gathered.
     """
@@ -111,6 +119,7 @@ def save_model(path: Path, model: Head, data: DataInfo, state: Mapping[str, torc
         "head": model.kind,
         "model_config": dataclasses.asdict(model.config),
         "data": dataclasses.asdict(data),
+        "temperature": temperature,
         "state_dict": model.state_dict() if state is None else state,
     }
     write(path, content)
@@ -185,11 +194,12 @@ def load_model_file(path: str | Path) -> ModelFile:
         model.load_state_dict(state)
     except (TypeError, RuntimeError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"checkpoint {path} does not fit this version: {' '.join(str(error).split())[:200]}") from error
-    _check_values(path, model, data)
-    return ModelFile(model.eval(), data)
+    temperature = content.get("temperature", 1.0)  # files written before had none
+    _check_values(path, model, data, temperature)
+    return ModelFile(model.eval(), data, temperature)
 
 
-def _check_values(path: str | Path, model: Head, data: DataInfo) -> None:
+def _check_values(path: str | Path, model: Head, data: DataInfo, temperature: Any) -> None:
     """Raises `UserError` naming what in a file is of the right kind and yet cannot be."""
 
     def check(holds: bool, wrong: str) -> None:
@@ -204,6 +214,8 @@ def _check_values(path: str | Path, model: Head, data: DataInfo) -> None:
         good = fits and all(isinstance(value, int | float) and allowed(value) for value in values)
         right = f"{config.in_channels} finite numbers {'from 0 on' if name == 'mean' else 'over 0'}"
         check(good, f"{name} is {reprlib.repr(values)}: it must be {right}")
+    is_number = isinstance(temperature, int | float) and 0 < temperature < math.inf
+    check(is_number, f"temperature is {reprlib.repr(temperature)}: it must be a finite number over 0")
     check(isinstance(data.own, bool), f"own is {reprlib.repr(data.own)}: it must be true or false")
     is_name = isinstance(data.dataset, str) and data.dataset == dataset_name(data.dataset)
     check(is_name, f"dataset is {reprlib.repr(data.dataset)}: it must be a name")

@@ -125,8 +125,8 @@ class Task(ABC):
         """`val_loss`, `val_accuracy`, and what the task adds."""
 
     @abstractmethod
-    def test(self, model: Any, data: Dataset, runtime: Runtime, settings: Settings) -> Tested:
-        """Score the test split, and draw what is seen of it."""
+    def test(self, model: Any, data: Dataset, runtime: Runtime, settings: Settings, temperature: float = 1.0) -> Tested:
+        """Score the test split, and draw what is seen of it. `temperature` is the model file's."""
 
     @abstractmethod
     def report_lines(self, metrics: Mapping[str, Any], data: Dataset) -> list[str]:
@@ -146,16 +146,24 @@ class Task(ABC):
     # What a trained model can be asked; each raises `UserError` where it cannot.
 
     @abstractmethod
-    def classify(self, model: Any, pictures: Tensor, classes: TextFeatures | None) -> Tensor:
-        """(N, C, H, W) normalised -> (N, classes) probabilities, on the CPU; `classes` are the `class_features`."""
+    def classify(self, model: Any, pictures: Tensor, classes: TextFeatures | None, temperature: float) -> Tensor:
+        """(N, C, H, W) normalised -> (N, classes) probabilities, on the CPU: softmax(logits / temperature).
+
+        `classes` are the `class_features`.
+        """
 
     @abstractmethod
     def caption(self, model: Any, pictures: Tensor, config: GenerationConfig, seed: int) -> list[str]:
         """(N, C, H, W) normalised -> a sentence for each."""
 
     @abstractmethod
-    def compare(self, model: Any, pictures: Tensor, text: str, classes: TextFeatures | None) -> list[dict[str, object]]:
-        """What a text adds that is said of each of (N, C, H, W) normalised pictures, beside its similarity."""
+    def compare(
+        self, model: Any, pictures: Tensor, text: str, classes: TextFeatures | None, temperature: float
+    ) -> list[dict[str, object]]:
+        """What a text adds that is said of each of (N, C, H, W) normalised pictures, beside its similarity.
+
+        `classes` and `temperature` as in `classify`.
+        """
 
     def reads_texts(self, model: Any) -> bool:
         """Whether the model was taught to compare a picture with a text."""

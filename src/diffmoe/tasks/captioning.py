@@ -111,7 +111,7 @@ class Captioning(Task):
             "val_t2i_r1": found["t2i_r1"],
         }
 
-    def test(self, model: Any, data: Dataset, runtime: Runtime, settings: Settings) -> Tested:
+    def test(self, model: Any, data: Dataset, runtime: Runtime, settings: Settings, temperature: float = 1.0) -> Tested:
         """Captions of all pictures, and retrieval both ways over all captions."""
         from diffmoe.visualization import captions as drawn
 
@@ -146,7 +146,7 @@ class Captioning(Task):
             raise UserError(f"tta is {run.tta!r}: it averages the probabilities of classes; with captions it is 'none'")
         check_captions_file(folder / FILE, run.overwrite)
 
-    def classify(self, model: Captioner, pictures: Tensor, classes: TextFeatures | None) -> Tensor:
+    def classify(self, model: Captioner, pictures: Tensor, classes: TextFeatures | None, temperature: float) -> Tensor:
         """It cannot."""
         raise UserError("this model has no classes: it writes captions, and compares pictures with texts")
 
@@ -154,7 +154,7 @@ class Captioning(Task):
         return detokenize(model.generate(pictures, config, seed=seed).cpu())
 
     def compare(
-        self, model: Captioner, pictures: Tensor, text: str, classes: TextFeatures | None
+        self, model: Captioner, pictures: Tensor, text: str, classes: TextFeatures | None, temperature: float
     ) -> list[dict[str, object]]:
         """`log_probability` of the text as a caption."""
         longest = model.config.max_text_len

@@ -23,11 +23,14 @@ from diffmoe.data.text import tokenize
 from diffmoe.evaluation.classification import (
     Predictions,
     averaged_accuracy,
+    calibration_error,
     classification_metrics,
+    fit_temperature,
     pick_examples,
     predict,
+    take_predictions,
 )
-from diffmoe.evaluation.passes import Autocast, Scores, run_over
+from diffmoe.evaluation.passes import Autocast, Kept, Scores, run_over
 from diffmoe.model.heads import Classifier, ImageClassifier
 from diffmoe.model.outputs import TextFeatures
 from diffmoe.model.routers import ROUTERS, router_kind
@@ -102,17 +105,22 @@ class Classification(Task):
         return kind(split, batch_size, picture=picture, **options)
 
     def validate(self, model: Any, batches: PictureBatches[Split], autocast: Autocast = nullcontext) -> Metrics:
-        scores = Scores(model)
-        run_over(model, batches.epoch(), scores.add, autocast=autocast)
-        return {"val_loss": scores.loss, "val_accuracy": scores.accuracy}
+        """With the `temperature` that fits best."""
+        scores, kept = Scores(model), Kept(take_predictions)
+        run_over(model, batches.epoch(), scores.add, kept.add, autocast=autocast)
+        labels, logits = kept.tensors()[:2]
+        temperature = fit_temperature(Predictions(logits, labels))
+        return {"val_loss": scores.loss, "val_accuracy": scores.accuracy, "temperature": temperature}
 
-    def test(self, model: Any, data: Dataset, runtime: Runtime, settings: Settings) -> Tested:
+    def test(self, model: Any, data: Dataset, runtime: Runtime, settings: Settings, temperature: float = 1.0) -> Tested:
         """Accuracy, confusion, calibration; with tta also the accuracy that it gives."""
         from diffmoe.visualization import figures
 
         batches = self.in_order(model.config, data.test, data.picture, runtime)
         predictions = predict(model, batches.epoch(), autocast=runtime.autocast)
         found = classification_metrics(predictions, len(data.class_names))
+        calibrated = dataclasses.replace(predictions, logits=predictions.logits / temperature)
+        found["ece_calibrated"] = calibration_error(calibrated)
         shown = pick_examples(predictions, settings.visualization.examples, seed=0)
         names = data.class_names
         drawn = {
@@ -140,6 +148,7 @@ class Classification(Task):
             "test_top5_accuracy": "top-5 accuracy",
             "zero_shot_accuracy": "zero-shot accuracy, by descriptions",
             "test_ece": "calibration error",
+            "test_ece_calibrated": "calibration error, by temperature",
         }
         if len(data.class_names) <= 5:
             del shown["test_top5_accuracy"]  # it is always 100%
@@ -153,8 +162,8 @@ class Classification(Task):
             lines.append(f"  {name:{width}}  {precision:9.1%}  {recall:6.1%}")
         return lines
 
-    def classify(self, model: Classifier, pictures: Tensor, classes: TextFeatures | None) -> Tensor:
-        return model.run((pictures,), classes=classes).logits.softmax(-1).cpu()
+    def classify(self, model: Classifier, pictures: Tensor, classes: TextFeatures | None, temperature: float) -> Tensor:
+        return (model.run((pictures,), classes=classes).logits.float() / temperature).softmax(-1).cpu()
 
     def caption(self, model: Any, pictures: Tensor, config: GenerationConfig, seed: int) -> list[str]:
         """It cannot."""
@@ -163,7 +172,7 @@ class Classification(Task):
         )
 
     def compare(
-        self, model: ImageClassifier, pictures: Tensor, text: str, classes: TextFeatures | None
+        self, model: ImageClassifier, pictures: Tensor, text: str, classes: TextFeatures | None, temperature: float
     ) -> list[dict[str, object]]:
         """`with_text`, the classes given both.
 
@@ -173,7 +182,7 @@ class Classification(Task):
         tokens, mask = (t.to(pictures.device) for t in tokenize([text], model.config.max_text_len))
         similarity = classes.embedding @ model.backbone.encode_text(tokens, mask)[0]
         given_text = (model.backbone.scale * similarity).softmax(-1).cpu()
-        both = self.classify(model, pictures, classes) * given_text
+        both = self.classify(model, pictures, classes, temperature) * given_text
         return [{"with_text": row} for row in both / both.sum(1, keepdim=True)]
 
     def reads_texts(self, model: Classifier) -> bool:

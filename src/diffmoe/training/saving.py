@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,8 +48,9 @@ class Saver:
         with place as files:
             best = files.model if progress.is_best and fabric.is_global_zero else None
             # Where the disk is full all end, with the first one's line.
-            together(fabric, lambda: best and save_model(best, trainee.evaluated, self.info, kept))
-            if self.is_first and fabric.is_global_zero:
+            temperature = progress.history[-1].get("temperature", 1.0) if progress.history else 1.0
+            together(fabric, lambda: best and save_model(best, trainee.evaluated, self.info, kept, temperature))
+            if fabric.is_global_zero:  # of a run that goes on, too: it may have more epochs now
                 files.write_config(self.config)
             save_run(files.last, trainee, progress, self.shared, weights)
         self.is_first = False
@@ -72,11 +73,14 @@ def save_run(
     together(fabric, lambda: write(path, states) if fabric.is_global_zero else None)
 
 
-def load_run(path: Path, trainee: Trainee, shared: Mapping[str, Any]) -> Progress:
-    """Put back what `save_run` wrote. Raises `UserError` where what both must share differs, or the file is damaged."""
+def load_run(path: Path, trainee: Trainee, shared: Mapping[str, Any], tell: Callable[[str], object]) -> Progress:
+    """Put back what `save_run` wrote; `tell` what it means that the run is to have more epochs than it began with.
+
+    Raises `UserError` where what both must share differs, or the file is damaged.
+    """
     states = read(path, RUN_FORMAT)
     try:
-        return _put_back(path, states, trainee, shared)
+        return _put_back(path, states, trainee, shared, tell)
     except UserError:
         raise
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, IndexError) as error:
@@ -84,7 +88,9 @@ def load_run(path: Path, trainee: Trainee, shared: Mapping[str, Any]) -> Progres
         raise UserError(f"checkpoint {path} is damaged ({reason}): begin anew with --overwrite") from error
 
 
-def _put_back(path: Path, states: dict[str, Any], trainee: Trainee, shared: Mapping[str, Any]) -> Progress:
+def _put_back(
+    path: Path, states: dict[str, Any], trainee: Trainee, shared: Mapping[str, Any], tell: Callable[[str], object]
+) -> Progress:
     for name, value in shared.items():
         former = states["shared"].get(name)
         if former == value:
@@ -94,6 +100,13 @@ def _put_back(path: Path, states: dict[str, Any], trainee: Trainee, shared: Mapp
                 f"resume: the data is not what the run in {path} began with (its classes, labels, captions or pictures "
                 "differ): bring that back, or begin anew with --overwrite"
             )
+        if name == EPOCHS and value > former and not shared["dense_fraction"]:
+            done = states["progress"]["epoch"]
+            tell(
+                f"{former} epochs become {value}, {done} of which are done: the learning rate goes on where it "
+                f"would be by now in a run of {value}, and rises again; what is learned is not what such a run learns"
+            )
+            continue
         raise UserError(f"resume: {name} is {value!r} but was {former!r} in {path}: give the flags it began with")
     fabric = trainee.fabric
     trainee.model.load_state_dict(states["model"])
@@ -111,6 +124,8 @@ def _put_back(path: Path, states: dict[str, Any], trainee: Trainee, shared: Mapp
     return Progress.of(states["progress"])
 
 
+EPOCHS = "epochs"
+"""The one setting that a resumed run may have more of; but for what was split after a share of them."""
 DATA = "data"
 """The name in `shared` of the data's fingerprint."""
 

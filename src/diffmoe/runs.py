@@ -109,7 +109,8 @@ def train_run(settings: Settings, tell: Tell = print) -> dict[str, Any]:
         model = task.build(settings, data)
         _check_last_batch(settings, model, len(data.train), fabric.world_size)
         _start_from(settings, model, data, told)
-        trainee = Trainee(fabric, model, settings.training, task.super_classes(settings, data))
+        of_classes = task.super_classes(settings, data), task.class_weights(settings, data)
+        trainee = Trainee(fabric, model, settings.training, *of_classes)
         # Weights are equal on all ranks; dropout and the descriptions drawn from here on are not.
         torch.manual_seed(seed + 1 + fabric.global_rank)
         shared = _shared(settings, model, data, fabric)

@@ -181,7 +181,7 @@ class TestManyPictures:
         words = ("predict", captioned.pictures[0], "--checkpoint", captioned.model, "--text", "a", "--threshold", 0.5)
         result = cli(*words)
         assert result.code == 2
-        assert "threshold is 0.5: it is of the probabilities of classes" in result.err
+        assert "threshold is 0.5: it is of the probability of a class" in result.err
 
 
 def test_predict_weighs_a_text_with_the_picture(captioned: Any, trained: Any, cli: Cli) -> None:

@@ -178,7 +178,7 @@ def test_flat_form_trains_and_tests_unless_told():
 WRONG = {
     "--epoch 3": "unknown flag --epoch (did you mean 'epochs'?)",
     "--top-k 3": "unknown flag --top-k (did you mean 'top_k'?)",
-    "--class_weights 1": "unknown flag --class_weights; --help lists all",  # and no other setting that is named alike
+    "--class_tokens 1": "unknown flag --class_tokens; --help lists all",  # and no other setting that is named alike
     "--batch 3": "unknown flag --batch (did you mean 'batch_size'?)",
     "--epo 3": "unknown flag --epo",  # no abbreviations: a new field would change what they mean
     "--mode test": "unknown flag --mode",  # `diffmoe train --mode test`

@@ -227,3 +227,22 @@ def test_the_loss_of_a_mixed_picture_is_that_of_both_labels_by_their_shares() ->
     torch.testing.assert_close(found.loss, expected)
     assert found.accuracy == (logits.argmax(-1) == labels).float().mean()
     assert found.num_targets == 3
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_picture_counts_as_much_as_its_class(mixed: bool) -> None:
+    model = make("image", tokens=None)
+    logits = torch.randn(3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    labels, others = torch.tensor([0, 1, 2]), torch.tensor([3, 1, 0])
+    share = torch.tensor([0.5, 0.75, 1.0], dtype=torch.float64)
+    weights = torch.tensor([2.0, 0.5, 1.0, 3.0], dtype=torch.float64)
+    batch = (torch.zeros(3, 1), labels, *((others, share) if mixed else ()))
+    output: Any = SimpleNamespace(logits=logits)
+    log_probs, own = logits.log_softmax(-1), share if mixed else torch.ones(3).double()
+    expected = torch.tensor(0.0, dtype=torch.float64)
+    for row, (label, other, part) in enumerate(zip(labels, others, own, strict=True)):
+        expected -= part * weights[label] * log_probs[row, label] / 3
+        expected -= (1 - part) * weights[other] * log_probs[row, other] / 3
+    torch.testing.assert_close(model.score(batch, output, class_weights=weights).loss, expected)
+    alike = model.score(batch, output, 0.1, torch.ones(4).double())
+    torch.testing.assert_close(alike.loss, model.score(batch, output, 0.1).loss)

@@ -170,6 +170,13 @@ def test_captions_are_not_mixed(captioned: Any, cli: Cli, tmp_path: Path, flag: 
     assert not (tmp_path / "save").exists()
 
 
+def test_captions_have_no_classes_to_weigh(captioned: Any, cli: Cli, tmp_path: Path) -> None:
+    flags = ("--save_dir", tmp_path / "save", *captioned.flags, "--class_weights", "balanced")
+    result = cli("train", "--dataset", captioned.folder, *flags)
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "class_weights is 'balanced': captions have no classes" in result.err
+
+
 def test_captions_need_a_fusion(captioned: Any, cli: Cli, tmp_path: Path) -> None:
     flags = ("--save_dir", tmp_path / "save", *captioned.flags, "--fusion_layers", 0)
     result = cli("train", "--dataset", captioned.folder, *flags)

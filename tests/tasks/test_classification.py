@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from diffmoe import load_model
 from diffmoe.config import DataConfig, UserError
@@ -18,6 +20,7 @@ from diffmoe.data.pictures import PictureSpec
 from diffmoe.data.text import detokenize, tokenize
 from diffmoe.evaluation.classification import Predictions, fit_temperature
 from diffmoe.model.heads import ImageClassifier
+from diffmoe.storage.run_files import RunFiles
 from diffmoe.tasks.base import Runtime
 from diffmoe.tasks.classification import Classification, class_tokens
 
@@ -70,6 +73,36 @@ def test_training_pictures_are_mixed_where_the_settings_say_so(digits: Dataset, 
         assert len(next(iter(loader.epoch()))) == size
         in_order = TASK.in_order(settings.model, digits.validation, digits.picture, Runtime(torch.device("cpu")))
         assert len(next(iter(in_order.epoch()))) == 2
+
+
+def test_balanced_weights_make_all_classes_count_the_same(digits: Dataset, tiny_flags: list[str]) -> None:
+    rare = dataclasses.replace(digits.train, labels=digits.train.labels.clamp(max=2))  # most pictures are of class 2
+    data = dataclasses.replace(digits, train=rare, class_names=("0", "1", "more"))
+    assert TASK.class_weights(parse_settings(tiny_flags, mode="train"), data) is None
+    weights = TASK.class_weights(parse_settings([*tiny_flags, "--class_weights=balanced"], mode="train"), data)
+    assert weights is not None
+    total = torch.stack([weights[label] * (rare.labels == label).sum() for label in range(3)])
+    torch.testing.assert_close(total, torch.full((3,), len(rare) / 3))
+    assert data.summary().endswith(
+        f"3 classes, from more {int((rare.labels == 2).sum())} to 0 {int((rare.labels == 0).sum())} pictures: "
+        "--class_weights balanced counts each class the same"
+    )
+
+
+def test_a_run_with_balanced_weights_learns_otherwise(cli: Any, tiny_flags: list[str], tmp_path: Path) -> None:
+    losses = []
+    for folder, (count, flags) in enumerate(((9, []), (9, ["--class_weights", "balanced"]))):
+        for label in range(2):
+            for number in range(count if label else 3 * count):
+                picture = tmp_path / "uneven" / str(label) / f"{number}.png"
+                picture.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("L", (8, 8), 200 * label + number).save(picture)
+        where = ("--dataset", tmp_path / "uneven", "--save_dir", tmp_path / str(folder), "--img_size", 8)
+        result = cli("train", *tiny_flags, *where, "--in_channels", 1, "--epochs", 1, *flags)
+        assert (result.code, result.err) == (0, "")
+        assert "--class_weights balanced counts each class the same" in result.out
+        losses.append(RunFiles("uneven", str(tmp_path / str(folder))).read_history()[0]["task_loss"])
+    assert losses[0] != losses[1]
 
 
 def test_examples_are_of_different_classes(digits: Dataset) -> None:

@@ -78,9 +78,10 @@ def predict(
             raise UserError(
                 f"{checkpoint} has no classes: diffmoe caption writes captions; predict needs --text with it"
             )
-        for name, value, off in (("tta", tta, "none"), ("threshold", threshold, None)):
-            if value != off:
-                raise UserError(f"{name} is {value!r}: it is of the probabilities of classes: {checkpoint} has none")
+        if tta != "none":
+            raise UserError(f"tta is {tta!r}: it averages the probabilities of classes, and {checkpoint} has none")
+        if threshold is not None:
+            raise UserError(f"threshold is {threshold}: it is of the probability of a class, and {checkpoint} has none")
     rows: list[Row] = []
     for part, pixels in _read(used, asked):
         answers = iter(_answers(used, pixels, top, text, tta, threshold) if pixels is not None else [])

@@ -48,6 +48,9 @@ class TrainingConfig:
     start_size: float = 1.0
     """Size of the pictures in the first half of training, over img_size, to the nearest whole number of patches; 1 is
     off."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """How much a picture's loss counts: 'none', all the same; 'balanced', by the inverse of how many pictures its class
+    has in training, 1 on average, so that rare classes are learned as well as frequent ones. For classes only."""
     label_smoothing: float = 0.1
     """Probability mass spread evenly over the classes in the targets."""
     max_seconds: float = 0.0

@@ -37,6 +37,10 @@ FINGERPRINT_SAMPLE = 64
 """Pictures of the training split that a fingerprint looks at."""
 
 
+UNEVEN = 3
+"""Where a class has so many times the training pictures of another one, that is said."""
+
+
 class Part(NamedTuple):
     """One of several sets that make one."""
 
@@ -70,7 +74,18 @@ class Dataset:
         told = (
             f"{len(self.class_names)} classes" if self.class_names else f"{len(self.train.texts):,} training captions"
         )
-        return f"{self.name}: {counts} pictures; {told}"
+        return f"{self.name}: {counts} pictures; {told}{self._imbalance()}"
+
+    def _imbalance(self) -> str:
+        """Where it is worth a word: which class has how many times the training pictures of which."""
+        if not self.class_names:
+            return ""
+        counts = self.train.labels.bincount(minlength=len(self.class_names))
+        least, most = int(counts.argmin()), int(counts.argmax())
+        if counts[most] < UNEVEN * counts[least]:
+            return ""
+        ends = (f"{self.class_names[place]} {int(counts[place]):,}" for place in (most, least))
+        return f", from {' to '.join(ends)} pictures: --class_weights balanced counts each class the same"
 
     def fingerprint(self) -> str:
         """What tells the data from other data: classes, labels or captions, and some of the pictures.

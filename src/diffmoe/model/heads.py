@@ -97,21 +97,29 @@ class Classifier(Head):
         """A picture is one."""
         return len(batch[0])
 
-    def score(self, batch: Sequence[Tensor], output: ClassifierOutput, label_smoothing: float = 0.0) -> Score:
-        """As `Head` says; `label_smoothing` is the mass spread evenly over the classes.
+    def score(
+        self,
+        batch: Sequence[Tensor],
+        output: ClassifierOutput,
+        label_smoothing: float = 0.0,
+        class_weights: Tensor | None = None,
+    ) -> Score:
+        """As `Head` says; `label_smoothing` is the mass spread evenly over the classes, and `class_weights`, (C,), how
+        much the loss of a picture of each counts.
 
         Of pictures that were mixed, `data.batches.MixedBatch`, both labels are to be told, each by its share.
         """
+
+        def loss_of(label_B: Tensor) -> Tensor:
+            loss_B = F.cross_entropy(output.logits, label_B, label_smoothing=label_smoothing, reduction="none")
+            return loss_B if class_weights is None else loss_B * class_weights[label_B]
+
         labels = batch[1]
-        if len(batch) == 2:
-            loss = F.cross_entropy(output.logits, labels, label_smoothing=label_smoothing)
-        else:  # mixed pictures: the labels of the other ones too, and how much each picture has of itself
+        loss_B = loss_of(labels)
+        if len(batch) > 2:  # mixed pictures: the labels of the other ones too, and how much each picture has of itself
             _, _, others, share = batch
-            own, other = (
-                F.cross_entropy(output.logits, of, label_smoothing=label_smoothing, reduction="none")
-                for of in (labels, others)
-            )
-            loss = torch.lerp(other, own, share.to(own)).mean()  # Fabric rounds what it hands a model
+            loss_B = torch.lerp(loss_of(others), loss_B, share.to(loss_B))  # Fabric rounds what it hands a model
+        loss = loss_B.mean()
         return Score(loss, (output.logits.argmax(-1) == labels).float().mean(), len(labels))
 
     def guidance_loss(self, batch: Sequence[Tensor], output: Output, expert_of_class: Tensor) -> Tensor:

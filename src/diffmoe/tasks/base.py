@@ -81,6 +81,10 @@ class Task(ABC):
     def made_up(self, settings: Settings) -> Head:
         """A fresh model of the settings without any data, for measuring what it costs."""
 
+    def class_weights(self, settings: Settings, data: Dataset) -> Tensor | None:
+        """(C,) float32, how much the loss of a picture of each class counts; None: all the same."""
+        return None
+
     def super_classes(self, settings: Settings, data: Dataset) -> Tensor | None:
         """The expert that each class's pictures are guided to, int64 (C,); None where routers are not guided.
 

@@ -62,6 +62,8 @@ class Captioning(Task):
                 raise UserError(f"{name} is {value}: it mixes the labels of pictures, and captions cannot be mixed")
         if (weight := config.router_guidance_weight) > 0:
             raise UserError(f"router_guidance_weight is {weight}: it guides by classes, and captions have none; give 0")
+        if (weights := settings.training.class_weights) != "none":
+            raise UserError(f"class_weights is {weights!r}: captions have no classes; give none")
         if config.fusion_layers < 1:
             raise UserError("fusion_layers is 0: captions need at least 1, in which the text reads the picture")
 

@@ -84,6 +84,13 @@ class Classification(Task):
             config, *class_tokens(class_descriptions(settings.data.dataset, names), config.max_text_len)
         )
 
+    def class_weights(self, settings: Settings, data: Dataset) -> Tensor | None:
+        """Balanced: the same for each class as a whole, and 1 on average over the pictures."""
+        if settings.training.class_weights == "none":
+            return None
+        counts = data.train.labels.bincount(minlength=len(data.class_names))
+        return (len(data.train) / (len(counts) * counts)).float()
+
     def super_classes(self, settings: Settings, data: Dataset) -> Tensor | None:
         """By what the classes' training pictures look like, and the sets that they are of."""
         if settings.model.router_guidance_weight == 0:

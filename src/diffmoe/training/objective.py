@@ -47,11 +47,19 @@ class Objective(nn.Module):
         label_smoothing: mass spread evenly over the classes, or the tokens that can be written.
         super_classes: (C,) int64, the expert that pictures of each class are guided to, by router_guidance_weight of
             the model's config; None guides none.
+        class_weights: (C,) float32, how much the loss of a picture of each class counts; None: all the same.
     """
 
     expert_of_class: Tensor | None
+    class_weights: Tensor | None
 
-    def __init__(self, model: Head, label_smoothing: float = 0.0, super_classes: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        model: Head,
+        label_smoothing: float = 0.0,
+        super_classes: Tensor | None = None,
+        class_weights: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.label_smoothing = label_smoothing
@@ -59,12 +67,17 @@ class Objective(nn.Module):
         # Here and not in the model: a trained router needs no super-classes.
         one_hot = None if super_classes is None else F.one_hot(super_classes, experts).float()
         self.register_buffer("expert_of_class", one_hot, persistent=False)
+        self.register_buffer("class_weights", class_weights, persistent=False)
 
     def forward(self, *batch: Tensor) -> Step:
         """A batch of the head's data."""
         output = self.model.run(batch, need_losses=True)
         assert output.losses is not None
-        score = self.model.score(batch, output, self.label_smoothing)
+        if self.class_weights is None:
+            score = self.model.score(batch, output, self.label_smoothing)
+        else:
+            assert isinstance(self.model, Classifier)  # or there would be no classes
+            score = self.model.score(batch, output, self.label_smoothing, self.class_weights)
         loads = {f"{routing.place}_{routing.layer}": routing.tokens_per_expert for routing in output.routing}
         own, parts = output.losses.router_loss, output.losses.parts()
         if self.expert_of_class is not None:
@@ -82,14 +95,19 @@ class Trainee:
         fabric: launched.
         model: changed in place.
         config: the loop's settings.
-        super_classes: as `Objective`.
+        super_classes, class_weights: as `Objective`.
     """
 
     def __init__(
-        self, fabric: Fabric, model: Head, config: TrainingConfig, super_classes: Tensor | None = None
+        self,
+        fabric: Fabric,
+        model: Head,
+        config: TrainingConfig,
+        super_classes: Tensor | None = None,
+        class_weights: Tensor | None = None,
     ) -> None:
         self.fabric, self.model, self.config = fabric, model, config
-        objective = Objective(model, config.label_smoothing, super_classes)
+        objective = Objective(model, config.label_smoothing, super_classes, class_weights)
         compiled = cast(nn.Module, torch.compile(objective)) if config.compile else objective
         self.objective, self.optimizer = fabric.setup(compiled, make_optimizer(model, config))
         has_routers = model.config.balance_bias_rate > 0 and not model.config.dense

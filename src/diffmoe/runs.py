@@ -56,7 +56,7 @@ WHITENING_SAMPLE, WHITENING_VALUES = 5000, 2**25
 """Training pictures that a stem is whitened by, and how many values they may have in all: fewer of large ones."""
 ROUTED_SAMPLE, ROUTED_VALUES = 256, 2**22
 """The same of those whose tokens routers start at, where experts are made of a dense model."""
-ELSEWHERE = ("data_dir", "num_workers", "max_memory_gb")
+ELSEWHERE = ("data_dir", "num_workers", "max_memory_gb", "check")
 """Settings that a resumed run may have others of: they say where the data is and how it is read."""
 
 

@@ -19,6 +19,7 @@ from PIL import Image
 from tests.data.samples import captioned, labelled, load, pictures, pixels
 from torch import Tensor
 
+from diffmoe.config import UserError
 from diffmoe.config.settings import parse_settings
 from diffmoe.data.descriptions import class_descriptions
 from diffmoe.data.loading import FINGERPRINT_SAMPLE, Dataset
@@ -78,6 +79,24 @@ def test_the_summary_counts_pictures_and_what_is_said_of_them(tmp_path: Path) ->
 
 
 # --- Sets of one's own ---
+
+
+def test_check_lists_all_that_cannot_be_read_with_what_is_wrong(tmp_path: Path, caplog: Any) -> None:
+    labelled(tmp_path / "pets", "cat", "dog")
+    pictures_of = sorted((tmp_path / "pets").rglob("*.png"))
+    assert load("pets", data_dir=str(tmp_path), check=True).summary() == load("pets", data_dir=str(tmp_path)).summary()
+    for path in pictures_of[:2]:
+        path.write_bytes(b"no picture")
+    half = pictures_of[-1]
+    half.write_bytes(half.read_bytes()[:50])  # the head and no more
+    with pytest.raises(UserError, match=f"3 of {len(pictures_of)} pictures cannot be read: replace or remove them"):
+        load("pets", data_dir=str(tmp_path), check=True)
+    told = [record.getMessage() for record in caplog.records]
+    assert told[0].startswith("2 pictures: is not a picture: it must be")
+    assert [line.strip() for line in told[1:3]] == [str(path) for path in pictures_of[:2]]
+    assert told[3].startswith("1 picture: ")
+    assert told[4].strip() == str(half)
+    assert len(told) == 5
 
 
 @pytest.mark.parametrize("name", ["digits", "shapes"])

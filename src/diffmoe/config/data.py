@@ -56,6 +56,8 @@ class DataConfig:
     cutmix: float = 0.0
     """Augmentation: put a rectangle of another picture into each, its area drawn from Beta(cutmix, cutmix); 0 is off.
     For classes only."""
+    check: bool = False
+    """Look at all pictures before anything else, and list all that cannot be read, instead of stopping at the first."""
     max_memory_gb: float = 4.0
     """A set larger than this, as uint8, is read in worker processes instead of being held in memory."""
     num_workers: int = 2

@@ -173,6 +173,8 @@ def _read(config: DataConfig, picture: PictureSpec, progress: bool) -> ClassesAn
     source = find_source(config)
     for line in source.left_out() if progress else ():
         log.warning(line)
+    if config.check:
+        _check_pictures(config, source.read(picture, in_memory=False)[1], progress)
     if len(source) * picture.channels * picture.size**2 > config.max_memory_gb * 1e9:
         return source.read(picture, in_memory=False)
     path = cache_path(source.fingerprint(), picture)
@@ -182,6 +184,29 @@ def _read(config: DataConfig, picture: PictureSpec, progress: bool) -> ClassesAn
     splits = {name: dataclasses.replace(split, images=_all(split.images, progress)) for name, split in lazy.items()}
     write_cache(path, *_to_cache(class_names, splits))
     return class_names, splits
+
+
+def _check_pictures(config: DataConfig, splits: Mapping[str, PictureSplit], progress: bool) -> None:
+    """Lists, with what is wrong, all pictures that cannot be read, and raises `UserError` where there are any."""
+    found = [
+        one
+        for split in splits.values()
+        if isinstance(split.images, LazyImages)
+        for one in split.images.unreadable(progress)
+    ]
+    if not found:
+        return
+    by_reason: dict[str, list[str]] = {}
+    for where, reason in found:
+        by_reason.setdefault(reason, []).append(where)
+    for reason, places in sorted(by_reason.items(), key=lambda pair: -len(pair[1])):
+        log.warning("%d picture%s: %s", len(places), "" if len(places) == 1 else "s", reason)
+        for where in places:
+            log.warning("    %s", where)
+    total = sum(map(len, splits.values()))
+    raise UserError(
+        f"dataset {config.dataset!r}: {len(found):,} of {total:,} pictures cannot be read: replace or remove them"
+    )
 
 
 def _all(images: Tensor | LazyImages, progress: bool) -> Tensor:

@@ -219,6 +219,21 @@ class LazyImages:
             images = torch.from_numpy(decoded)
             yield images.pin_memory() if pin_memory else images
 
+    def unreadable(self, progress: bool) -> list[tuple[str, str]]:
+        """Of each picture that cannot be decoded where it is, and why; with a progress bar as `load`."""
+        from tqdm import tqdm
+
+        found = []
+        for row in tqdm(
+            range(len(self)), "checking", unit=" pictures", delay=2, leave=False, disable=None if progress else True
+        ):
+            try:
+                self[row]
+            except UserError as error:
+                where = self.pictures.where(int(self.rows[row]))
+                found.append((where, str(error).removeprefix(where).lstrip(": ")))
+        return found
+
     def load(self, progress: bool) -> Tensor:
         """All pictures, uint8 (N, C, H, W), with a progress bar on stderr where it takes longer than 2 s."""
         from tqdm import tqdm

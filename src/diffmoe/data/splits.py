@@ -118,6 +118,7 @@ def settings_without_effect(config: DataConfig, own_splits: Collection[str], in_
             reasons["split_seed"] = f"{config.dataset} has splits of its own"
     if config.built_in:
         reasons["max_memory_gb"] = f"{config.dataset} is always held in memory"
+        reasons["check"] = f"the program makes the pictures of {config.dataset}"
     return {name: reason for name, reason in reasons.items() if getattr(config, name) != getattr(DataConfig, name)}
 
 

@@ -25,7 +25,7 @@ from diffmoe.training.objective import Trainee
 ALL_RANDOMNESS = [
     *("--epochs", "3", "--lr", "0.003", "--batch_size", "64", "--accumulation_steps", "2", "--dropout", "0.1"),
     *("--top_k", "2", "--router_noise", "--crop_padding", "1", "--flip", "--erase", "0.3"),
-    *("--dense_fraction", "0.4"),
+    *("--dense_fraction", "0.4", "--expert_sharing", "0.3"),
 ]
 """269 pictures: 5 batches, 3 optimizer steps an epoch (the last one of a single ragged batch), 9 in all, 4 of them with
 pools that are whole."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from diffmoe.config import TrainingConfig
 from diffmoe.model.heads import Classifier, Head
 from diffmoe.model.moe import routed_pools
+from diffmoe.model.outputs import ClassifierOutput
 from diffmoe.training.averages import Averages
 from diffmoe.training.optimizer import make_optimizer
 from diffmoe.training.parallel import total
@@ -77,7 +78,8 @@ class Objective(nn.Module):
             score = self.model.score(batch, output, self.label_smoothing)
         else:
             assert isinstance(self.model, Classifier)  # or there would be no classes
-            score = self.model.score(batch, output, self.label_smoothing, self.class_weights)
+            told = cast(ClassifierOutput, output)
+            score = self.model.score(batch, told, self.label_smoothing, self.class_weights)
         loads = {f"{routing.place}_{routing.layer}": routing.tokens_per_expert for routing in output.routing}
         own, parts = output.losses.router_loss, output.losses.parts()
         if self.expert_of_class is not None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ WRITTEN = Path(__file__).parents[1] / "docs" / "results.md"
 PICTURE = "images/results.png"
 """Beside `WRITTEN`."""
 NEEDED = ("command", "date", "machine", "versions", "seeds", "arms", "differences", "dataset", "match")
+MANY = 8
+"""A comparison of more arms is a table alone: in a picture none could be told, and no name holds them all."""
 OF_THE_MACHINE_IT_WAS_ON = ("page", "figures")
 """Of a comparison's JSON: paths, which are not kept."""
 Found = dict[str, Any]
@@ -83,9 +85,14 @@ def kept() -> tuple[list[Found], list[Found]]:
 def keep(path: Path) -> Path:
     """Copy a comparison's JSON to `KEPT`. Raises `UserError` where it is none."""
     found = read(path)
-    name = "_".join([found["dataset"], found["match"], *found["arms"]])
+    name = "_".join([found["dataset"], found["match"], *_few(found["arms"])]).replace(" ", "_")
     told = {key: value for key, value in found.items() if key not in OF_THE_MACHINE_IT_WAS_ON}
     return _keep(KEPT / f"{name}.json", told)
+
+
+def _few(arms: Collection[str]) -> list[str]:
+    """Their names; of many the first and how many more."""
+    return list(arms) if len(arms) <= MANY else [f"{next(iter(arms))} and {len(arms) - 1} more"]
 
 
 def _keep(path: Path, found: Found) -> Path:
@@ -119,6 +126,8 @@ def contenders(comparisons: Sequence[Found], recipes: Sequence[Found]) -> dict[s
     """Of each set with classes all recipes and arms, by names of which each is there once."""
     named = [(one["dataset"], one["name"], one) for one in recipes]
     for found in comparisons:
+        if len(found["arms"]) > MANY:
+            continue
         named += [(found["dataset"], f"{arm}, equal {found['match']}", of) for arm, of in found["arms"].items()]
     panels: dict[str, dict[str, Mapping[str, Any]]] = {}
     for dataset, name, one in named:
@@ -157,7 +166,7 @@ def section(found: dict[str, Any]) -> str:
     ]
     return "\n".join(
         [
-            f"## {found['dataset']}, equal {found['match']}: {', '.join(found['arms'])}\n",
+            f"## {found['dataset']}, equal {found['match']}: {', '.join(_few(found['arms']))}\n",
             f"`{found['command']}`\n",
             f"{made}\n",
             f"{_markdown(arm_table(found))}\n",

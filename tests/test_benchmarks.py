@@ -545,6 +545,24 @@ def test_a_comparison_is_kept_and_told_with_how_it_was_made(tmp_path: Path, monk
         results.read(tmp_path / "other.json")
 
 
+def test_a_comparison_of_many_arms_is_a_table_and_in_no_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = importlib.import_module("results")
+    given = json.loads(sorted(results.KEPT.glob("*.json"))[0].read_text(encoding="utf-8"))
+    given["dataset"] = "some"
+    given["arms"] |= {f"arm{number}": given["arms"]["moe"] for number in range(results.MANY)}
+    (tmp_path / "comparison.json").write_text(json.dumps(given), encoding="utf-8")
+    monkeypatch.setattr(results, "KEPT", tmp_path / "kept")
+    path = results.keep(tmp_path / "comparison.json")
+    more = len(given["arms"]) - 1
+    assert path.name == f"some_flops_moe_and_{more}_more.json"
+    told = results.document([results.read(path)])
+    assert f"## some, equal flops: moe and {more} more\n" in told
+    assert "| arm7 |" in told
+    assert results.contenders([results.read(path)], []) == {}
+
+
 @pytest.fixture(scope="module")
 def two_seeds(
     tmp_path_factory: pytest.TempPathFactory, isolate: Callable[[Path], Any], tiny_flags: list[str]

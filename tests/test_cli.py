@@ -108,7 +108,7 @@ MISTAKES: dict[str, str] = {
     # the command and its flags
     "trian": "unknown command 'trian' (did you mean 'train'?)",
     "train --epoch 3": "unknown flag --epoch (did you mean 'epochs'?)",
-    "train --class_weights 2": "unknown flag --class_weights; --help lists all",
+    "train --class_tokens 2": "unknown flag --class_tokens; --help lists all",
     "train digits": "unrecognized arguments: digits",
     "--mode tran": "--mode: invalid choice: 'tran'",
     "train --lr fast": "lr is 'fast': it must be a number",

@@ -155,7 +155,7 @@ class Trainee:
             for name, load in step.loads.items():
                 loads[name] = loads.get(name, 0) + load
         if self.config.expert_sharing > 0:
-            for pool in routed_pools(self.model).values():
+            for pool in self.pools:  # those of averages have no gradients
                 pool.share_gradients(self.config.expert_sharing)
         if self.config.clip_norm > 0:
             fabric.clip_gradients(
